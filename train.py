@@ -1,0 +1,637 @@
+"""Trains All-in-one: pre-training (Sec. 3.3) and downstream tasks (Sec. 4.2), one loop for all.
+
+    python train.py --task pretrain                            # proof run: toy clips, two CPU cores
+    torchrun --nproc_per_node=8 train.py --task pretrain --data webvid/train.jsonl   # the paper's
+
+One process is a world of one: both lines run the same code. Every field of TrainConfig and of the
+model's Config is a flag. Batches, dropout, masks and negatives are functions of (seed, step, rank):
+a run that was killed and is started again by the same command ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import functools
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_grad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from allinone import (CHOICES, VARIANTS, AllInOne, Config, load_vit, mlm_loss, read_weights,
+                      vtc_loss, vtm_loss, word_patch_alignment_loss, word_patch_distance)
+from data import Batches, Clips, DataError, Manifest, Tokenizer, collate, load, mix, toy
+from eval import (add_flags, evaluate, given_flags, load_model, peak_flops, report,
+                  score_options)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; defaults are pre-training's of Sec. 4.1.2, TASKS and PROOF say what differs."""
+
+    task: str = "pretrain"                # see TASKS
+    data: tuple[str, ...] = ()            # manifests to train on; none: the proof run's toy clips
+    val: tuple[str, ...] = ()             # manifest scored after training
+    out: str = ""                         # run folder; "": runs/<task>
+    init: str = "scratch"                 # "scratch", ViT, DeiT, our or released weights
+    vocab: str = "bert-base-uncased"      # or vocab.txt, tokenizer.json, "train" (from captions)
+    objectives: tuple[str, ...] = ("vtm", "mlm")   # Sec. 3.3, Tab. 7; also vtc, wpa (release)
+    steps: int = 200_000                  # optimiser steps; 100_000 for Ti
+    epochs: int = 0                       # passes over the data; 0: count by steps
+    batch: int = 0                        # clips a step on all GPUs; 0: batch_per_gpu on each
+    batch_per_gpu: int = 16               # clips in one forward pass at most; 32 for Ti
+    lr: float = 1e-4                      # peak
+    warmup: float = 0.1                   # share of the steps (release: 2500 steps; above 1: steps)
+    weight_decay: float = 1e-2            # on matrices and tables, not biases and norms (release)
+    beta2: float = 0.999                  # torch's; the paper is silent (release: 0.98)
+    whole_word_masking: bool = False      # release
+    false_texts: int = 15                 # drawn false captions of VTM ranking (retrieval; release)
+    top_answers: int = 1500               # classes of question answering: the commonest in training
+    rand_augment: bool = False            # torchvision's RandAugment
+    flip: bool = False                    # horizontal, never where words say left or right
+    precision: str = "auto"               # fp16 (paper), bf16, fp32; auto: bf16 where a GPU has it
+    compile: bool = False                 # torch.compile of the transformer
+    activation_checkpointing: bool = False  # recompute blocks in backward: L at 16 clips in 80 GB
+    workers: int = 8                      # decoding processes for each GPU
+    seed: int = 0
+    log_every: int = 50                   # steps
+    save_every: int = 1000                # steps
+    resume: bool = True                   # continue what the run folder holds; no: set it aside
+    tensorboard: bool = False             # also write events, where tensorboard is installed
+
+
+TASKS = {  # what Sec. 4.1.2 changes for a task; fine-tuning is 20 epochs of batch 256
+    "pretrain": dict(),
+    "choice": dict(objectives=("choice",), epochs=20, batch=256),
+    "qa": dict(objectives=("qa",), epochs=20, batch=256),
+    "retrieval": dict(objectives=("vtc", "vtm"), epochs=20, batch=256),
+}
+
+RECIPES = {  # --recipe release: what the authors' code does and the paper does not say
+    "paper": dict(),
+    "release": dict(objectives=("vtm", "mlm", "wpa"), whole_word_masking=True, beta2=0.98,
+                    warmup=2500, roll="release", roll_unimodal=False, patch_order="random"),
+}
+
+PROOF = dict(  # no --data: toy clips and a model for two CPU cores; order comes from rolling alone
+    variant="nano", image_size=48, temporal_position=False, dropout=0.0, drop_path=0.0,
+    vocab="train", steps=2400, batch=16, lr=1e-3, workers=1, log_every=50,
+    save_every=200)
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": None}
+
+WEIGHTS = {"wpa": 0.1}                    # release; every other term counts once
+
+HEADS = {  # what each objective trains; other heads are frozen, so DDP waits for no gradient
+    "vtm": ("pooler", "vtm_head"), "mlm": ("mlm_head",), "vtc": ("text_proj", "video_proj"),
+    "wpa": (), "choice": ("pooler", "vtm_head"), "qa": ("pooler", "qa_head"),
+}
+
+
+# ---- Objectives (Sec. 3.3, Sec. 4.2) on one batch ------------------------------------------------
+
+class Objectives(nn.Module):
+    """The losses of a task: batch -> {name: loss}, one forward call for DDP's sake.
+
+    Also returns counts {name: [right, of]} for VTM, MLM and answer accuracy.
+    """
+
+    def __init__(self, model: AllInOne, objectives: tuple[str, ...]):
+        super().__init__()
+        self.model = model
+        self.objectives = objectives
+        trained = {head for name in objectives for head in HEADS[name]}
+        for head in {head for heads in HEADS.values() for head in heads} - trained:
+            getattr(model, head, nn.Identity()).requires_grad_(False)
+
+    def forward(self, batch: dict, words: Tensor) -> tuple[dict, dict]:
+        """words: masked words per process and micro-batch, averaged over all: MLM's divisor."""
+        losses, counts = {}, {}
+        if "mlm" in self.objectives or "vtm" in self.objectives and "vtm_source" in batch:
+            self._pretrain(batch, words, losses, counts)
+        if "vtc" in self.objectives:
+            text, video = self.unimodal(batch)
+            losses["vtc"] = vtc_loss(gather(text), gather(video))
+        if "choice" in self.objectives:
+            scores = score_options(self.model, batch)                     # (B, O)
+            losses["choice"] = F.cross_entropy(scores.float(), batch["label"])
+            counts["choice"] = count_right(scores, batch["label"])
+        if "qa" in self.objectives:
+            features = self.model(batch["video"], batch["text_ids"], batch["text_mask"])
+            scores = self.model.qa_head(features.pooled)                  # (B, answers)
+            known = batch["label"] >= 0
+            loss = F.cross_entropy(scores.float(), batch["label"], ignore_index=-1, reduction="sum")
+            losses["qa"] = loss / known.sum().clamp(min=1)
+            counts["qa"] = count_right(scores, batch["label"])
+        return losses, counts
+
+    def _pretrain(self, batch: dict, words: Tensor, losses: dict, counts: dict) -> None:
+        """VTM and MLM (Sec. 3.3): two joint passes as one of twice the rows."""
+        model, mask = self.model, batch["text_mask"]
+        video = model.embed_video(batch["video"])                         # (B, S, 1+n, D)
+        videos, texts = [], []
+        if "mlm" in self.objectives:
+            videos.append(video)
+            texts.append(batch["mlm_ids"])
+        if "vtm" in self.objectives:
+            videos.append(video[batch["vtm_source"]])
+            texts.append(batch["text_ids"])
+        features = model.fuse(torch.cat(videos), model.embed_text(torch.cat(texts)),
+                              mask.repeat(len(texts), 1))
+        B = len(mask)
+        if "mlm" in self.objectives:
+            masked = features.text[:B].flatten(0, 1)[batch["mlm_where"]]  # (M, D)
+            logits = model.mlm_head(masked)                               # (M, |V|)
+            losses["mlm"] = mlm_loss(logits, batch["mlm_labels"]) / words
+            counts["mlm"] = count_right(logits, batch["mlm_labels"])
+        if "vtm" in self.objectives:
+            logits = model.vtm_head(features.pooled[-B:])                 # (B, 2)
+            losses["vtm"] = vtm_loss(logits, batch["vtm_labels"])
+            counts["vtm"] = count_right(logits, batch["vtm_labels"])
+        if "wpa" in self.objectives:
+            patches = features.video[-B:, model.specials:]
+            distance = word_patch_distance(features.text[-B:], patches, mask)
+            losses["wpa"] = word_patch_alignment_loss(distance, batch["vtm_labels"])
+
+    def unimodal(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Text and video, each alone, encoded and projected: both (B, vtc_dim)."""
+        text = self.model.encode_text(batch["text_ids"], batch["text_mask"])[:, 0]
+        video = self.model.encode_video(batch["video"])[:, 0]
+        return self.model.text_proj(text), self.model.video_proj(video)
+
+
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """(right, of) as a tensor of two; negative labels do not count."""
+    known = labels >= 0
+    return torch.stack([((logits.argmax(-1) == labels) & known).sum(), known.sum()])
+
+
+def gather(features: Tensor) -> Tensor:
+    """Rows of all W processes, with gradients (VTC's negatives): (B, .) -> (W*B, .)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    return torch.cat(dist_grad.all_gather(features))
+
+
+# ---- Configuration ------------------------------------------------------------------------------
+
+def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
+    """Flags over the proof run's values (no --data) over --recipe over the task's over defaults.
+
+    Returns the training configuration, the fields of the model's Config, and those that were given.
+    """
+    parser = argparse.ArgumentParser(
+        description="Pre-train or fine-tune All-in-one. Without --data: the proof run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--variant", choices=VARIANTS, default=argparse.SUPPRESS,
+                        help="sizes of Tab. 1: width, depth, heads (default: B)")
+    parser.add_argument("--recipe", choices=RECIPES, default="paper",
+                        help="release: the authors' unmentioned choices, together")
+    add_flags(parser, TrainConfig, {"task": TASKS, "precision": PRECISIONS})
+    add_flags(parser, Config, CHOICES)
+    given = given_flags(parser, argv)
+    values = {**TASKS[given.get("task", "pretrain")], **RECIPES[given.pop("recipe")]}
+    if not given.get("data"):
+        values |= PROOF
+        if given.get("task", "pretrain") != "pretrain":
+            values |= dict(epochs=0, steps=300)
+    values |= given
+    values = {**VARIANTS[values.pop("variant", "B")], **values}
+    fields = Config.__dataclass_fields__
+    sizes = {k: v for k, v in values.items() if k in fields}
+    given = {k: v for k, v in given.items() if k in fields}
+    config = TrainConfig(**{k: v for k, v in values.items() if k not in fields})
+    if unknown := [name for name in config.objectives if name not in HEADS]:
+        raise DataError(f"--objectives {unknown[0]}: can be {', '.join(HEADS)}")
+    return replace(config, out=config.out or f"runs/{config.task}"), sizes, given
+
+
+def split_batch(config: TrainConfig, world: int) -> tuple[int, int, int]:
+    """(clips a step, clips a forward pass, passes a step): batch = world * pass * accumulate."""
+    batch = config.batch or config.batch_per_gpu * world
+    if batch % world:
+        raise DataError(f"--batch {batch} does not divide among {world} processes: use a multiple")
+    accumulate = math.ceil(batch // world / config.batch_per_gpu)
+    if batch // world % accumulate:
+        raise DataError(f"{batch // world} clips per process do not divide into {accumulate} equal "
+                        f"passes of at most --batch_per_gpu {config.batch_per_gpu}")
+    return batch, batch // world // accumulate, accumulate
+
+
+def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Sec. 4.1.2: linear warm-up over `warmup` (a share, or steps if above 1), then linear to 0.
+
+    step counts from 0; `steps` itself would get 0.
+    """
+    rise = max(1, round(warmup * steps if warmup <= 1 else warmup))
+    return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+# ---- Run folder: log and checkpoint --------------------------------------------------------------
+
+def save(path: Path, content: dict) -> None:
+    """Writes beside and renames, so that `path` is at every moment the old or the new, whole."""
+    beside = path.with_suffix(".partial")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot save ({error}); the one before it is whole") from error
+
+
+def commit() -> str:
+    """The git commit of this code, "" where there is none."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                              capture_output=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def open_run(config: TrainConfig, description: dict) -> tuple[Path, dict | None]:
+    """The run folder, and the checkpoint in it if it is of this same run.
+
+    The log is cut back to the checkpoint's step: what came after it will be done again.
+    Raises DataError, naming the differing fields, if the folder holds another run.
+    """
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    log, path = folder / "log.jsonl", folder / "checkpoint.pt"
+    if not config.resume:
+        for file in (log, path):
+            if file.exists():
+                file.replace(file.with_suffix(file.suffix + ".previous"))
+    content = None
+    if path.exists():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        there, here = content["config"], description["config"]
+        differ = [f"{key} was {there.get(key)}, now {here[key]}" for key in here
+                  if there.get(key) != here[key] and key not in CHANGEABLE]
+        if differ:
+            raise DataError(f"{folder} holds another run ({'; '.join(differ[:5])}): "
+                            "choose another --out, or --no-resume to set it aside")
+    if content is None:
+        log.write_text(json.dumps(description) + "\n")
+    else:
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [line for line in lines if is_log_line(line, content["step"])]
+        beside = log.with_suffix(".partial")
+        beside.write_text("".join(line + "\n" for line in kept))
+        beside.replace(log)
+    return folder, content
+
+
+CHANGEABLE = {  # fields that may differ when a run goes on: they change no number
+    "out", "val", "workers", "log_every", "save_every", "resume", "tensorboard", "init"}
+
+
+def is_log_line(line: str, steps: int) -> bool:
+    """Whether a line of the log is whole and from before `steps` were done."""
+    try:
+        return json.loads(line).get("step", 0) <= steps
+    except json.JSONDecodeError:           # a kill in the middle of a line
+        return False
+
+
+# ---- Parts of the loop --------------------------------------------------------------------------
+
+def kind_of_weights(path) -> str:
+    """What --init names: "ours" (train.py's), "release" (the authors') or "vit" (timm, DeiT)."""
+    content = read_weights(path)
+    if "sizes" in content:
+        return "ours"
+    return "release" if "state_dict" in content else "vit"
+
+
+def captions(manifest: Manifest):
+    """Every text of a manifest, to learn a vocabulary from."""
+    for i in range(len(manifest)):
+        sample = manifest[i]
+        yield from (text for key in ("text", "question", "answer") if (text := sample.get(key))
+                    and isinstance(text, str))
+        yield from sample.get("texts", [])
+        yield from sample.get("options", [])
+        yield from (text for _, _, text in sample.get("captions", []))
+
+
+def common_answers(manifest: Manifest, most: int) -> list[str]:
+    """Classes of open-ended QA (Sec. 4.2.1): the commonest answers, ties by appearance."""
+    tally = collections.Counter(manifest[i].get("answer") for i in range(len(manifest)))
+    return [answer for answer, _ in tally.most_common(most)]
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """The autocast type: the paper trains in fp16 [28]; bf16 needs no loss scaling."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return PRECISIONS[name]
+
+
+def check_finite(values: dict, step: int, micros: list[dict], scaled: bool, out: str) -> None:
+    """Stops the run before a step that would ruin the weights, naming term, step and samples.
+
+    With fp16 an overflown gradient is the loss scaler's business: it skips the step.
+    """
+    bad = [name for name, value in values.items() if not math.isfinite(value)
+           and not (scaled and name == "grad_norm")]
+    if bad:
+        samples = [where for micro in micros for where in micro["where"]]
+        raise ValueError(f"step {step}: {', '.join(bad)} not finite; stopped before the update, "
+                         f"the last checkpoint in {out} is good. This process's samples: "
+                         f"{', '.join(samples)}. Lower --lr, or look at these clips")
+
+
+def check_unreadable(state: dict, failed: list[str]) -> None:
+    """Training stops where more than 1 clip in 10 cannot be read, once 100 were tried."""
+    tried = state["read"] + state["unreadable"]
+    if tried >= 100 and state["unreadable"] > tried / 10:
+        raise ValueError(f"{state['unreadable']} of {tried} clips cannot be read, above 1 in 10; "
+                         "see \"unreadable\" in the log, the last: " + "; ".join(failed[-3:]))
+
+
+class Meter:
+    """The log: one line on the terminal that updates, one object a line in log.jsonl.
+
+    Each says step, lr, losses and accuracies (means since the last line), gradient norm, clips/s,
+    MFU, share of time spent waiting for data, memory, unreadable clips so far, seconds left.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, rank: int, folder: Path | None,
+                 batch: int, steps: int, world: int, say):
+        self.config, self.device, self.batch, self.steps = config, device, batch, steps
+        self.flops, (self.peak, basis) = 0, peak_flops(device)     # flops: of a step on one process
+        say(f"MFU is of {self.peak / 1e12:.3g} TFLOP/s on each device ({basis})")
+        self.file = open(folder / "log.jsonl", "a", buffering=1) if folder else None
+        self.events = None
+        if config.tensorboard and rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(folder)
+        self.since, self.waited = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Times what happens inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    def add(self, state: dict, values: dict, lr: float) -> None:
+        """One step's values; writes a line every log_every steps and at the last."""
+        window = state["window"]
+        for name, value in values.items():
+            window[name] = window.get(name, 0.0) + value
+        window["steps"] = window.get("steps", 0) + 1
+        if state["step"] % self.config.log_every and state["step"] != self.steps:
+            return
+        n = window.pop("steps")
+        record = {"step": state["step"], "lr": lr}
+        for name, value in window.items():
+            if not name.startswith("of "):
+                record[name] = value / (window[f"of {name}"] or 1 if f"of {name}" in window else n)
+        window.clear()
+        seconds = time.monotonic() - self.since
+        memory = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        speed = {"clips_per_s": n * self.batch / seconds,
+                 "mfu": n * self.flops / seconds / self.peak,
+                 "data_wait": self.waited / seconds, "memory_gb": memory / 1e9,
+                 "unreadable": state["unreadable"],
+                 "eta_s": (self.steps - state["step"]) * seconds / n}
+        self.since, self.waited = time.monotonic(), 0.0
+        if self.file:
+            self.file.write(json.dumps(record | speed) + "\n")
+            shown = {k: f"{v:.3g}" for k, v in record.items() if k not in ("step", "lr")}
+            line = (f"step {state['step']}/{self.steps}  lr {lr:.1e}  "
+                    + "  ".join(f"{k} {v}" for k, v in shown.items())
+                    + f"  {speed['clips_per_s']:.0f} clips/s  MFU {speed['mfu']:.0%}"
+                    f"  data {speed['data_wait']:.0%}  {speed['memory_gb']:.1f} GB"
+                    f"  unreadable {state['unreadable']}  {speed['eta_s'] / 60:.1f} min left")
+            tty = sys.stdout.isatty()
+            print(f"\r\033[K{line}" if tty else line, end="" if tty else "\n", flush=True)
+            if tty and state["step"] == self.steps:
+                print()
+        if self.events:
+            for name, value in (record | speed).items():
+                self.events.add_scalar(name, value, state["step"])
+
+    def note(self, **what) -> None:
+        """Writes an object of its own into log.jsonl (unreadable clips, results)."""
+        if self.file:
+            self.file.write(json.dumps(what) + "\n")
+
+
+# ---- The loop -----------------------------------------------------------------------------------
+
+def build(config: TrainConfig, sizes: dict, given: dict, tokenizer: Tokenizer | None,
+          say) -> tuple[AllInOne, Tokenizer]:
+    """The model by --init, with the tokenizer that goes with it.
+
+    sizes: Config's fields for a new model; given: those the user named, laid over a checkpoint's.
+    """
+    answers = {"answers": sizes["answers"]} if sizes.get("answers") else {}
+    if config.init != "scratch" and kind_of_weights(config.init) != "vit":
+        model, own, _ = load_model(config.init, vocab=config.vocab, say=say, **given, **answers)
+        return model, own
+    model = AllInOne(Config(**{**sizes, "vocab_size": tokenizer.vocab_size}))
+    if config.init != "scratch":
+        report = load_vit(model, config.init)
+        say(f"{config.init}: {len(report['loaded'])} tensors loaded, "
+            f"{', '.join(report['resized']) or 'none'} resized; the rest starts at random")
+    return model, tokenizer
+
+
+def batches(clips: Clips, config: TrainConfig, rank: int, world: int, start: int, steps: int):
+    """This process's micro-batches from optimiser step `start` on (see data.Batches, data.load)."""
+    batch, size, accumulate = split_batch(config, world)
+    keys = Batches(len(clips), batch, config.seed, rank, world, start, accumulate, steps)
+    group = 8 if size % 8 == 0 else size   # VTM pairs stay within 8 clips, on any number of GPUs
+    together = functools.partial(collate, tokenizer=clips.tokenizer, group=group, seed=config.seed,
+                                 max_text_len=clips.max_text_len)
+    yield from load(clips, keys, together, config.workers, pin_memory=torch.cuda.is_available())
+
+
+def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
+          device: torch.device, say) -> None:
+    """One run: set-up, then the loop in the order in which a reader asks."""
+    if not config.data:
+        say("Proof run: toy clips, a model for two CPU cores. Your own: --data MANIFEST (README).")
+        if rank == 0:
+            toy()
+        if world > 1:
+            dist.barrier()
+        name = "" if config.task in ("pretrain", "retrieval") else f"{config.task}_"
+        scored = "choice_" if config.task == "pretrain" else name
+        config = replace(config, data=(f"data/toy/{name}train.jsonl",),
+                         val=config.val or (f"data/toy/{scored}test.jsonl",))
+    manifest = Manifest(config.data)
+    tokenizer = None
+    if config.init == "scratch" or kind_of_weights(config.init) == "vit":
+        tokenizer = (Tokenizer.train(captions(manifest), 30522) if config.vocab == "train"
+                     else Tokenizer.load(config.vocab))
+    answers = common_answers(manifest, config.top_answers) if config.task == "qa" else None
+    if answers:
+        sizes["answers"] = len(answers)
+    torch.manual_seed(config.seed)
+    model, tokenizer = build(config, sizes, given, tokenizer, say)
+    model.recompute = config.activation_checkpointing
+    c = model.config
+    clips = Clips(manifest, tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
+                  train=True, seed=config.seed, rand_augment=config.rand_augment, flip=config.flip,
+                  whole_word_masking=config.whole_word_masking, answers=answers)
+    batch, size, accumulate = split_batch(config, world)
+    steps = config.epochs * math.ceil(len(clips) / batch) if config.epochs else config.steps
+
+    objectives = Objectives(model, config.objectives).to(device)
+    trained = [p for p in objectives.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    dtype = precision(config.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    about = {"config": {**asdict(config), **asdict(c), "batch": batch}, "steps": steps,
+             "torch": torch.__version__, "commit": commit()}
+    about = json.loads(json.dumps(about))                      # tuples as the checkpoint has them
+    folder, content = None, None
+    if rank == 0:
+        folder, content = open_run(config, about)
+    if world > 1:
+        box = [content]
+        dist.broadcast_object_list(box)
+        content = box[0]
+    state = {"step": 0, "read": 0, "unreadable": 0, "window": {}}
+    if content:
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        scaler.load_state_dict(content["scaler"])
+        state = content["state"]
+        say(f"resuming {config.out} at step {state['step']}")
+
+    def checkpoint() -> None:
+        if rank == 0:
+            save(folder / "checkpoint.pt", {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "state": state, "step": state["step"],
+                "config": about["config"], "sizes": asdict(c), "tokenizer": tokenizer.to_json(),
+                "answers": answers})
+
+    wrapped = objectives
+    if config.compile:
+        model.transform = torch.compile(model.transform)
+    if world > 1:
+        wrapped = DistributedDataParallel(objectives, gradient_as_bucket_view=True)
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    parameters = sum(p.numel() for p in trained)
+    say(f"{config.task}: {parameters / 1e6:.1f} M trained parameters, {len(clips)} samples, "
+        f"{steps} steps of {batch} clips, {str(dtype)[6:]}, on {world} x {device.type}; "
+        f"log and checkpoint in {config.out}")
+    meter = Meter(config, device, rank, folder, batch, steps, world, say)
+
+    micro_batches = batches(clips, config, rank, world, state["step"], steps)
+    for step in range(state["step"], steps):                   # where are we
+        lr = lr_at(step, steps, config.lr, config.warmup)      # the learning rate
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with meter.waiting():                                  # which batch
+            micros = [next(micro_batches) for _ in range(accumulate)]
+        torch.manual_seed(mix(config.seed, step, rank))        # dropout: a function of these three
+        words = sum(int((m["mlm_labels"] >= 0).sum()) for m in micros if "mlm_labels" in m)
+        failed = sum(len(m["errors"]) for m in micros)
+        tally = torch.tensor([words, failed, len(stopping)], dtype=torch.float32, device=device)
+        if world > 1:
+            dist.all_reduce(tally)
+        words = (tally[0] / (world * accumulate)).clamp(min=1)
+        values = {}
+        for i, micro in enumerate(micros):                     # which losses
+            inputs = {k: v.to(device, non_blocking=True) for k, v in micro.items()
+                      if isinstance(v, Tensor)}
+            wait = world > 1 and i < accumulate - 1            # DDP averages at the last pass only
+            counter = contextlib.nullcontext() if meter.flops else FlopCounterMode(display=False)
+            with wrapped.no_sync() if wait else contextlib.nullcontext(), counter:
+                with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                    losses, counts = wrapped(inputs, words)
+                total = sum(WEIGHTS.get(name, 1) * loss for name, loss in losses.items())
+                scaler.scale(total / accumulate).backward()
+            if not meter.flops:
+                meter.flops = counter.get_total_flops() * accumulate
+            for name, loss in losses.items():
+                values[name] = values.get(name, 0) + loss.detach() / (accumulate * world)
+            for name, (right, of) in counts.items():
+                values[f"{name}_accuracy"] = values.get(f"{name}_accuracy", 0) + right
+                values[f"of {name}_accuracy"] = values.get(f"of {name}_accuracy", 0) + of
+        scaler.unscale_(optimizer)                             # update
+        grads = [p.grad for p in trained if p.grad is not None]
+        values["grad_norm"] = nn.utils.get_total_norm(grads) / world
+        numbers = torch.stack([v.float() for v in values.values()])
+        if world > 1:
+            dist.all_reduce(numbers)
+        # the step's one wait for the device
+        *numbers, _, failed, stop = torch.cat([numbers, tally]).tolist()
+        values = dict(zip(values, numbers))
+        check_finite(values, step, micros, scaler.is_enabled(), config.out)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"], state["read"] = step + 1, state["read"] + batch
+        state["unreadable"] += int(failed)
+        failures = [error for micro in micros for error in micro["errors"]]
+        if failures:
+            meter.note(step=step + 1, unreadable=failures)
+        meter.add(state, values, lr)                           # log one line
+        check_unreadable(state, failures)
+        if state["step"] % config.save_every == 0 or state["step"] == steps or stop:   # save
+            checkpoint()
+        if stop:
+            say(f"\nstopped by SIGTERM after step {step + 1}; the same command goes on from here")
+            return
+    if config.val:
+        task = "choice" if config.task == "pretrain" else config.task
+        result = evaluate(model, tokenizer, task, config.val, device, workers=config.workers)
+        if rank == 0:
+            meter.note(result=report(result, task, config.val, say))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, sizes, given = configure(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_, **__: None
+    try:
+        train(config, sizes, given, rank, world, device, say)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
