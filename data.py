@@ -10,15 +10,19 @@ Every data set is a JSON-lines *manifest*, one sample a line, paths relative to 
 index, or the answer's words), "boxes" (VCR), "kind" (a label to report accuracy by).
 What follows is the way of a sample: manifest, order of visits, frames, pixels, words, tensors.
 
-    python data.py {toy,check,bench} --help
+    python data.py {toy,convert,check,bench} --help
 """
 
 import argparse
+import ast
 import bisect
 import collections
 import colorsys
 import concurrent.futures
 import cProfile
+import csv
+import difflib
+import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -32,7 +36,9 @@ import shutil
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -1053,8 +1059,9 @@ def toy(root="data/toy", seed=0):
     three colours one way or the other; or it moves one way in a still light, which a small model
     learns more slowly. Clips come in twins of the same frames in reverse order, so that no multiset
     of frames tells order or motion. Every frame is coded alone at a fixed quantiser: a decoded
-    clip's frames reversed are its twin's, bit for bit. Per split: SPLIT.jsonl (captions), choice_SPLIT
-    (kinds "appearance", "order", "motion"; the last two between opposites), qa_SPLIT, probe_SPLIT.
+    clip's frames reversed are its twin's, bit for bit. Per split: SPLIT.jsonl (captions),
+    choice_SPLIT (kinds "appearance", "order", "motion"; the last two between opposites), qa_SPLIT,
+    probe_SPLIT.
     Written beside and renamed, so that a folder of the name is complete. DataError if `root` is
     something else.
     """
@@ -1263,6 +1270,526 @@ def _read_with_decord(path, picked, size):
 
 
 # ---- data sets: from each original public release to manifests
+# A reader yields the samples of one split of a Source: `paths` are the split's annotation files by
+# DATASETS, find(names) gives others beside them, clip(name) a clip's path. A sample's "video" is
+# the clip's name in the annotations (a list: any of these). test.jsonl is the split of the paper's
+# number, also where its owners call it val.
+
+Source = collections.namedtuple("Source", "paths split find clip")
+
+
+def _records(paths):
+    """Objects of .jsonl files, and of .json files that hold an array or one object; .gz too."""
+    for path in paths:
+        unzip = gzip.open if path.endswith(".gz") else open
+        with unzip(path, "rt", encoding="utf-8-sig") as file:
+            try:
+                if ".jsonl" in os.path.basename(path):
+                    yield from (json.loads(line) for line in file if line.strip())
+                else:
+                    data = json.load(file)
+                    yield from data if isinstance(data, list) else [data]
+            except (json.JSONDecodeError, EOFError, gzip.BadGzipFile) as error:
+                raise DataError(f"{path}: damaged ({error}); download it again") from error
+
+
+def _rows(paths, columns, header=True):
+    """Dicts of .csv and .tsv files; tabs or commas, whichever the first line has. JSON passes too.
+
+    header: `columns` must be in the first line. Without one, lines are plain: by position, and a
+    quote is only a character. The authors' own .tsv files are (text, video) below a first line.
+    An undecodable byte costs one character, not the data set.
+    """
+    columns = columns.split()
+    for path in paths:
+        if re.search(r"\.jsonl?(\.gz)?$", path):
+            yield from _records([path])
+            continue
+        authors = re.search(r"(success_full|DiDeMo_\w+)\.tsv$", path)
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            quoting = csv.QUOTE_MINIMAL if header or authors else csv.QUOTE_NONE
+            table = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            names = next(table, []) if header or authors else columns
+            if authors:
+                names = ["text", "video"]
+            elif not set(columns) <= set(names):
+                raise DataError(f"{path}: its first line is {names}; expected the columns "
+                                f"{columns}: is this the original file?")
+            yield from (dict(zip(names, cells)) for cells in table if cells)
+
+
+def _entries(path, chunk=1 << 24):
+    """(key, value) pairs of a JSON object too large for memory (caption.json has gigabytes)."""
+    key, text, at = re.compile(r'[\s{,]*"([^"]*)"\s*:\s*'), "", 0
+    with open(path, encoding="utf-8") as file:
+        while more := file.read(chunk):
+            text, at = text[at:] + more, 0
+            while found := key.match(text, at):
+                try:
+                    value, at = json.JSONDecoder().raw_decode(text, found.end())
+                except json.JSONDecodeError:
+                    break                                   # the chunk ends inside the value
+                yield found[1], value
+    if text[at:].strip() != "}":
+        raise DataError(f"{path}: damaged, or its end is missing; download it again")
+
+
+def _lines(paths):
+    """Lines of plain lists, without empty ones and remarks."""
+    for path in paths:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            yield from (line.strip() for line in file if line.strip() and line[0] != "#")
+
+
+def webvid(source):
+    """Pre-training (Sec. 4.1.2): results_2M_{train,val}.csv, m-bain.github.io/webvid-dataset
+    (withdrawn in 2024), or the authors' webvid_*_success_full.tsv. Quoted captions hold commas
+    and newlines."""
+    for row in _rows(source.paths, "videoid page_dir name"):
+        yield row if "video" in row else {
+            "video": f"{row['page_dir']}/{row['videoid']}", "text": row["name"]}
+
+
+def howto100m(source):
+    """Pre-training: howto100m_captions.zip, di.ens.fr/willow/research/howto100m. One
+    <youtube id>.csv a video (start,end,text; no stop words), or caption.json, raw_caption.json
+    {id: {start: [], end: [], text: []}}. A line holds a video's windows; a visit draws one."""
+    for path in source.paths:
+        if path.endswith(".json"):
+            for video, c in _entries(path):
+                yield {"video": video, "captions": [*zip(c["start"], c["end"], c["text"])]}
+        else:
+            windows = [(float(row["start"]), float(row["end"]), row["text"])
+                       for row in _rows([path], "start end text")]
+            yield {"video": os.path.basename(path)[:-4], "captions": windows}
+
+
+def yttemporal(source):
+    """Pre-training of All-in-one*: YT-Temporal-180M, rowanzellers.com/merlot. Gzipped .jsonl
+    shards (the paper: the first half), or a .json a video, of info, subtitles and denoised. The
+    release draws a random 10-15 s at each visit; _speech_windows cuts such windows once."""
+    for video in _records(source.paths):
+        clean = " ".join(span["cleanasr"] for span in video.get("denoised", ())).split()
+        length = float(video["info"].get("duration") or "inf")
+        yield {"video": video["info"]["id"],
+               "captions": _speech_windows(video["subtitles"], clean, length)}
+
+
+def _speech_windows(subtitles, clean, duration):
+    """(start, end, text) in a row: a window ends at the first word that comes 10 s after its own
+    first, or at 15 s. The text is the denoised one. Its words get the subtitles' times along the
+    longest runs that both share (the release: dynamic time warping), in between in proportion."""
+    spoken = sorted((float(word["time"]), word["word"]) for word in subtitles
+                    if word["word"][:1] != "&" and word["word"][-1:] != ";")     # "&gt;&gt;"
+    said = [[word] for _, word in spoken]
+    if clean:
+        said = [[] for _ in spoken]
+        bare = [[re.sub(r"\W", "", word).lower() for word in side]
+                for side in ([word for _, word in spoken], clean)]
+        for _, a, a_end, b, b_end in difflib.SequenceMatcher(None, *bare).get_opcodes():
+            for i in range(b, b_end if a < len(said) else b):   # nothing after the last subtitle
+                said[a + (i - b) * (a_end - a) // (b_end - b)].append(clean[i])
+    windows = []
+    for (time, _), words in zip(spoken, said):
+        if not windows or time >= windows[-1][0] + 10:
+            if windows:
+                windows[-1][1] = min(windows[-1][1], time)
+            windows.append([time, min(time + 15, duration), []])
+        windows[-1][2].extend(words)
+    return [(start, end, " ".join(words)) for start, end, words in windows]
+
+
+def cc3m(source):
+    """Pre-training for Tab. 5, images as one-frame clips: Train_GCC-training.tsv and
+    Validation_GCC-1.1.0-Validation.tsv, ai.google.com/research/ConceptualCaptions (no header; the
+    usual downloader saves crc32(url)), or the authors' cc3m_*_success_full.tsv."""
+    for row in _rows(source.paths, "text url", header=False):
+        yield row if "video" in row else {
+            "video": str(zlib.crc32(row["url"].encode())), "text": row["text"]}
+
+
+def coco(source):
+    """Pre-training for Tab. 5: Karpathy's dataset_coco.json (its restval is train), or without it
+    captions_{train,val}2014.json, cocodataset.org. One line an image, with all its captions."""
+    for data in _records(source.paths):
+        texts = collections.defaultdict(list)
+        for note in data.get("annotations", ()):
+            texts[note["image_id"]].append(note["caption"])
+        for image in data["images"]:
+            if "annotations" in data:
+                yield {"video": image["file_name"], "texts": texts[image["id"]]}
+            elif image["split"].replace("restval", "train") == source.split:
+                yield {"video": image["filename"], "texts": [s["raw"] for s in image["sentences"]]}
+
+
+def _msrvtt_captions(paths, *splits):
+    """{video: captions} of official splits, which are video0 to 6512, to 7009 and to 9999."""
+    captions = collections.defaultdict(list)
+    for data in _records(paths):
+        for note in data.get("sentences") or data["annotations"]:
+            video = note.get("video_id") or note["image_id"]
+            number = int(video.removeprefix("video"))
+            if ("train" if number < 6513 else "val" if number < 7010 else "test") in splits:
+                captions[video].append(note["caption"])
+    return captions
+
+
+def msrvtt(source, protocol):
+    """Tab. 3a: {train_val,test}_videodatainfo.json, ms-multimedia-challenge.com/2016, or copies
+    (MSRVTT_data.json, Frozen's MSR_VTT.json). 9K and 7K test on MSRVTT_JSFUSION_test.csv (1k-A,
+    one caption a video); 9K trains on all other videos, 7K on the official train + val. With
+    *_list_miech.txt beside them 7K is 1k-B (6,656 train), which the release's code offers."""
+    lists = source.find(rf"{source.split}_list_miech\.txt") if protocol == "7k" else []
+    one_k = source.find(r"MSRVTT_JSFUSION_test\.csv")
+    if protocol == "full":
+        chosen = _msrvtt_captions(source.paths, source.split)
+    elif lists:
+        every = _msrvtt_captions(source.paths, "train", "val", "test")
+        chosen = {video: every[video] for video in _lines(lists)}
+    elif not one_k:
+        raise DataError("MSR-VTT 9K and 7K need MSRVTT_JSFUSION_test.csv, the test captions of "
+                        f"1k-A; put it beside {source.paths[0]}")
+    else:
+        test = {row["video_id"]: [row["sentence"]] for row in _rows(one_k, "video_id sentence")}
+        train = _msrvtt_captions(source.paths, "train", "val", *["test"] * (protocol == "9k"))
+        chosen = test if source.split == "test" else {
+            video: texts for video, texts in train.items() if video not in test}
+    yield from ({"video": video, "texts": texts} for video, texts in chosen.items())
+
+
+def msrvtt_mc(source):
+    """Tab. 4a: MSR_MC_test.csv of JSFusion ("msr1234" is video1234) or ClipBERT's
+    msrvtt_mc_test.jsonl; answers from 0. There is no training file: as in JSFusion, each caption
+    of the official train and val videos (MSR-VTT's own files) stands against 4 of other videos,
+    first, as in LSMDC's training file: options are scored one by one, places tell nothing."""
+    if source.split == "test":
+        for row in _rows(source.paths, "vid_key a1 a2 a3 a4 a5 answer"):
+            yield {"video": row.get("clip_name") or row["vid_key"].replace("msr", "video"),
+                   "options": row.get("options") or [row[f"a{i}"] for i in range(1, 6)],
+                   "answer": int(row["answer"])}
+        return
+    captions = _msrvtt_captions(source.find(MSRVTT), source.split)
+    pool = [(video, text) for video, texts in captions.items() for text in texts]
+    draw = random.Random(0)
+    for video, text in pool:
+        wrong = dict.fromkeys(other for elsewhere, other in draw.sample(pool, min(50, len(pool)))
+                              if elsewhere != video and other != text)
+        yield {"video": video, "options": [text, *list(wrong)[:4]], "answer": 0}
+
+
+def _msvd_names(source):
+    """{"vid12": "<youtube id>_<from>_<to>"} of MSVD's youtube_mapping.txt."""
+    pairs = (line.split() for line in _lines(source.find(r"\w*youtube_mapping\.txt")[:1]))
+    return {key: name for name, key in pairs}
+
+
+def open_qa(source, prefix):
+    """Tab. 2b, 2c: {train,val,test}_qa.json of MSRVTT-QA and MSVD-QA,
+    github.com/xudejing/video-question-answering, ClipBERT's msrvtt_qa_*.jsonl, the authors'
+    msvd_*_qa_encode.json. video_id is a number or a name; youtube_mapping.txt names MSVD's."""
+    names = _msvd_names(source)
+    for row in _records(source.paths):
+        video = str(row["video_id"])
+        video = prefix + video if video.isdigit() else video
+        yield {"video": [names.get(video, video), video], "question": row["question"],
+               "answer": str(row["answer"]), "kind": row["question"].partition(" ")[0].lower()}
+
+
+def msvd(source):
+    """Retrieval in the release: AllVideoDescriptions.txt (a clip and a caption a line),
+    cs.utexas.edu/users/ml/clamp/videoDescription. The splits are {train,val,test}_list.txt, or
+    vid1 to 1200, to 1300 and to 1970 of youtube_mapping.txt."""
+    numbers = {"train": range(1, 1201), "val": range(1201, 1301), "test": range(1301, 1971)}
+    wanted = list(_lines(source.find(rf"{source.split}_list\.txt"))) or [
+        name for key, name in _msvd_names(source).items()
+        if int(key.removeprefix("vid")) in numbers[source.split]]
+    texts = collections.defaultdict(list)
+    for line in _lines(source.paths):
+        video, _, text = line.partition(" ")
+        texts[video].append(text)
+    yield from ({"video": video, "texts": texts[video]} for video in wanted)
+
+
+def tgif(source):
+    """Tab. 2a: {Train,Test}_{action,transition,frameqa}_question.csv (tabs),
+    github.com/YunseokJANG/tgif-qa, or ClipBERT's .jsonl; answers from 0. It has no val."""
+    types = {"0": "object", "1": "number", "2": "color", "3": "location"}
+    for row in _rows(source.paths, "gif_name question answer"):
+        sample = {"video": row["gif_name"], "question": row["question"]}
+        if "type" in row or "answer_type" in row:                                   # FrameQA
+            kind = row.get("answer_type") or types.get(row["type"])
+            yield {**sample, "answer": row["answer"], "kind": kind}
+        else:
+            options = row.get("options") or [row[f"a{i}"] for i in range(1, 6)]
+            yield {**sample, "options": options, "answer": int(row["answer"])}
+
+
+def lsmdc(source):
+    """Tab. 4b, and retrieval (Sec. 4.3.2): LSMDC16_*.csv, sites.google.com/site/describingmovies.
+    Tabs, no header, stray quotes. Choices: the test answers count from 1; train and valid give
+    none, the first option is the truth."""
+    columns = "clip start end cut_start cut_end o1 o2 o3 o4 o5 answer"
+    for row in _rows(source.paths, columns, header=False):
+        sample = {"video": f"{row['clip'].rpartition('_')[0]}/{row['clip']}"}
+        if "o2" in row:
+            options = [row[f"o{i}"] for i in range(1, 6)]
+            yield {**sample, "options": options, "answer": int(row.get("answer", 1)) - 1}
+        else:
+            yield {**sample, "text": row["o1"]}
+
+
+def didemo(source):
+    """Tab. 3c: {train,val,test}_data.json, github.com/LisaAnne/LocalizingMoments, or the authors'
+    DiDeMo_*.tsv. A video's descriptions in the order of the file are its paragraph; `times` (the
+    moments, in chunks of 5 s) are not used: the query is about the whole video."""
+    texts = collections.defaultdict(list)
+    for row in _rows(source.paths, ""):
+        texts[row["video"]].append(row["text"] if "text" in row else row["description"])
+    yield from ({"video": video, "text": " ".join(texts[video])} for video in texts)
+
+
+def activitynet(source):
+    """Tab. 3b: train.json and val_1.json, cs.stanford.edu/people/ranjaykrishna/densevid, or
+    ClipBERT's train.jsonl, val1.jsonl. All sentences are one paragraph. It has no val: val_2
+    tells of the videos of val_1 again. Files on disk may lack the "v_" of the ids."""
+    for data in _records(source.paths):
+        if "clip_name" in data:
+            data = {data["clip_name"]: {"sentences": [data["caption"]]}}
+        for video, note in data.items():
+            yield {"video": [video, video.removeprefix("v_")], "text": " ".join(note["sentences"])}
+
+
+def vcr(source, rationale):
+    """Tab. 5: {train,val}.jsonl, visualcommonsense.com (test hides its answers), and the .json of
+    boxes beside each of vcr1images. A list [i, j] among the words becomes "person 0 person 1",
+    numbered by first mention in question, answers, rationales: alike in Q→A, QA→R and "boxes"
+    ([number, x0, y0, x1, y1], pixels of the image). QA→R's question ends in the right answer.
+    Line n of both manifests is the same question, for Q→AR."""
+    for row in _records(source.paths):
+        number = {}                                  # an object's place in the annotation: its own
+
+        def words(tokens):
+            return " ".join(token if isinstance(token, str) else " ".join(
+                f"{row['objects'][i]} {number.setdefault(i, len(number))}" for i in token)
+                for token in tokens)
+
+        question = words(row["question"])
+        answers = [words(tokens) for tokens in row["answer_choices"]]
+        reasons = [words(tokens) for tokens in row["rationale_choices"]]
+        sample = {"video": row["img_fn"], "question": question, "options": answers,
+                  "answer": row["answer_label"], "kind": "Q→A"}
+        if rationale:
+            sample.update(question=f"{question} {answers[sample['answer']]}", options=reasons,
+                          answer=row["rationale_label"], kind="QA→R")
+        if number and (image := source.clip(row["img_fn"])):
+            notes = os.path.join(os.path.dirname(image), os.path.basename(row["metadata_fn"]))
+            boxes = next(_records([notes]))["boxes"]
+            sample["boxes"] = [[k, *boxes[i][:4]] for i, k in number.items()]
+        yield sample
+
+
+def kinetics(source):
+    """Tab. 12: {train,validate}.csv, deepmind.com/research/open-source/kinetics, or
+    {train,val}.csv, github.com/cvdfoundation/kinetics-dataset; clips id_000012_000022.mp4."""
+    for row in _rows(source.paths, "label youtube_id time_start time_end"):
+        start, end = int(row["time_start"]), int(row["time_end"])
+        yield {"video": f"{row['youtube_id']}_{start:06}_{end:06}", "answer": row["label"]}
+
+
+def hmdb51(source):
+    """Tab. 12: testTrainMulti_7030_splits/<class>_test_split1.txt, serre-lab.clps.brown.edu;
+    "<clip>.avi 1" trains, 2 tests, 0 does neither. As the release, the first of three splits."""
+    for path in source.paths:
+        label = os.path.basename(path).removesuffix("_test_split1.txt")
+        for clip, use in (line.rsplit(maxsplit=1) for line in _lines([path])):
+            if use == {"train": "1", "test": "2"}[source.split]:
+                yield {"video": f"{label}/{clip}", "answer": label.replace("_", " ")}
+
+
+def ego4d_mc(source):
+    """Tab. 13, zero-shot: the authors' mc_val.csv, whose cells are Python lists: question [video,
+    frame, ..., text], answers [[..., text], ...]. As in the release a clip is the 120 frames (at
+    30 a second) about the narrated one. The training questions are not published."""
+    for row in _rows(source.paths, "question answers"):
+        video, frame, *_, text = ast.literal_eval(row["question"])
+        options = [answer[-1] for answer in ast.literal_eval(row["answers"])]
+        yield {"video": video, "start": max(frame / 30 - 2, 0), "end": frame / 30 + 2,
+               "options": options, "answer": options.index(text)}
+
+
+MSRVTT = r"\w*videodatainfo\.json | MSRVTT_data\.json | MSR_VTT\.json"
+SPELT = {"train": "train(ing)?", "val": "val(id|idate|idation)?"}
+# name: reader; splits ("test=val": our test is their val); names of the annotation files (SPLIT in
+# any spelling; of forms between " | " the first at hand); how many answers answers.json keeps
+DATASETS = {
+    "webvid": (webvid, "train val", r"results_\w+_SPLIT\.csv | webvid_SPLIT_\w+\.tsv", 0),
+    "howto100m": (howto100m, "train", r"[\w-]{11}\.csv | caption\.json | raw_caption\w*\.json", 0),
+    "yttemporal": (yttemporal, "train", r".+\.jsonl(\.gz)? | [\w-]{11}(\.\w+)?\.json", 0),
+    "cc3m": (cc3m, "train val", r"SPLIT_GCC.*\.tsv | cc3m_SPLIT_\w+\.tsv", 0),
+    "coco": (coco, "train val test", r"dataset_coco\.json | captions_SPLIT\d+\.json", 0),
+    "msrvtt_9k": (partial(msrvtt, protocol="9k"), "train test", MSRVTT, 0),
+    "msrvtt_7k": (partial(msrvtt, protocol="7k"), "train test", MSRVTT, 0),
+    "msrvtt_full": (partial(msrvtt, protocol="full"), "train val test", MSRVTT, 0),
+    "msrvtt_mc": (msrvtt_mc, "train val test", r"MSR_MC_test\.csv | msrvtt_mc_test\.jsonl", 0),
+    "msrvtt_qa": (partial(open_qa, prefix="video"), "train val test",
+                  r"SPLIT_qa\.json | msrvtt_qa_SPLIT\.jsonl", 1500),
+    "msvd_qa": (partial(open_qa, prefix="vid"), "train val test",
+                r"SPLIT_qa\.json | msvd_SPLIT_qa_encode\.json", 1000),
+    "msvd": (msvd, "train val test", r"AllVideoDescriptions\.txt", 0),
+    "tgif_action": (tgif, "train test", r"SPLIT_action_.*\.csv | action_SPLIT\.jsonl", 0),
+    "tgif_transition": (tgif, "train test", r"SPLIT_trans.*\.csv | transition_SPLIT\.jsonl", 0),
+    "tgif_frameqa": (tgif, "train test", r"SPLIT_frameqa_.*\.csv | frameqa_SPLIT\.jsonl", 1540),
+    "lsmdc": (lsmdc, r"train val test=challenge_1000_\w+", r"LSMDC16_(annos_)?SPLIT\.csv", 0),
+    "lsmdc_mc": (lsmdc, "train val test", r"LSMDC16_multiple_choice_SPLIT(_randomized)?\.csv", 0),
+    "didemo": (didemo, "train val test", r"SPLIT_data\.json | DiDeMo_SPLIT\.tsv", 0),
+    "activitynet": (activitynet, "train test=val_?1", r"SPLIT\.json | SPLIT\.jsonl", 0),
+    "vcr_qa": (partial(vcr, rationale=False), "train test=val", r"SPLIT\.jsonl", 0),
+    "vcr_qar": (partial(vcr, rationale=True), "train test=val", r"SPLIT\.jsonl", 0),
+    "kinetics400": (kinetics, "train test=val", r"(kinetics.400_)?SPLIT\.csv", 400),
+    "hmdb51": (hmdb51, "train test", r"\w+_test_split1\.txt", 51),
+    "ego4d_mc": (ego4d_mc, "test", r"mc_val\.csv", 0)}
+MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".flv", ".gif",
+         ".jpg", ".jpeg", ".png", ".webp")       # if a clip has several, the first is taken
+
+
+def _stem(name):
+    """A file's name without media extensions; the dots in the times of an LSMDC clip stay."""
+    stem, extension = os.path.splitext(os.path.basename(name))
+    return _stem(stem) if extension.lower() in MEDIA else stem + extension   # DiDeMo: x.mov.mp4
+
+
+def _walk(root):
+    """{name without extension: path} of all files and folders below root, in one go: to ask the
+    disk for millions of clips one by one, in 14 extensions each, would take hours. Where folders
+    hold clips of one name, the later ones go by "folder/name"."""
+    paths, rank = {}, {extension: i for i, extension in enumerate(MEDIA)}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        for name in sorted(folders + files, key=lambda name: (
+                rank.get(os.path.splitext(name)[1].lower(), len(rank)), name)):
+            path, stem = os.path.join(folder, name), _stem(name)
+            if os.path.dirname(paths.setdefault(stem, path)) != folder:
+                paths.setdefault(f"{os.path.basename(folder)}/{stem}", path)
+    return paths
+
+
+def _tidy(value):
+    """Texts on one line and without doubled spaces, also in lists."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    return [_tidy(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _about(reader):
+    """The reader's docstring on one line."""
+    return _tidy(getattr(reader, "func", reader).__doc__)
+
+
+def _samples(reader, source):
+    """(names of the clip, sample) of a reader; DataError if a file is not as published."""
+    try:
+        for sample in reader(source):
+            names = sample.pop("video")
+            sample = {key: _tidy(value) for key, value in sample.items()}
+            if "texts" in sample:
+                sample["texts"] = [text for text in sample["texts"] if text]
+            if "captions" in sample:
+                sample["captions"] = [c for c in sample["captions"] if c[2] and c[1] > c[0]]
+            yield [names] if isinstance(names, str) else names, sample
+    except DataError:
+        raise
+    except (LookupError, TypeError, AttributeError, SyntaxError, ValueError, OSError) as error:
+        raise DataError(f"{', '.join(source.paths[:3])}: not as published ({error!r}); expected: "
+                        f"{_about(reader)}") from error
+
+
+def convert(name, annotations, videos, out, holdout=0.0):
+    """Writes OUT/{train,val,test}.jsonl, and OUT/answers.json, of data set `name`.
+
+    annotations: files, or folders that hold them, as published. videos: the folder of the clips,
+    at any depth. Clips that are not there and samples without text are left out, counted and
+    named: half a download is half a manifest. holdout: the share of training videos that becomes
+    val.jsonl, for a data set that has no val. answers.json: the commonest training answers first
+    (Sec. 4.2.1), ties by first appearance, of the whole annotation whatever the download holds.
+    """
+    if name not in DATASETS:
+        raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
+    reader, splits, pattern, keep = DATASETS[name]
+    theirs = {split.partition("=")[0]: split.rpartition("=")[2] for split in splits.split()}
+    if holdout and ("val" in theirs or "train" not in theirs):
+        raise DataError(f"{name} has the splits {', '.join(theirs)}; --holdout is for one that has "
+                        "train but no val")
+    for path in [*annotations, videos]:
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file or folder")
+    out = os.path.realpath(out)                    # the manifests' "../" count from where it lies
+    files = sorted({os.path.normpath(file) for path in annotations for file in (
+        [path] if os.path.isfile(path) else
+        (os.path.join(folder, file) for folder, _, names in os.walk(path) for file in names))})
+    inside = [file for file in files if os.path.dirname(os.path.realpath(file)) == out]
+    if inside:                                     # VCR's own file is train.jsonl, for instance
+        raise DataError(f"{inside[0]} lies in --out, where it might be read or replaced as a "
+                        "manifest; choose a folder outside of --annotations")
+    paths, answers, absent, written = _walk(videos), collections.Counter(), [], 0
+
+    def find(forms):
+        found = ([path for path in files if re.fullmatch(form, os.path.basename(path), re.I)]
+                 for form in forms.split(" | "))
+        return next(filter(None, found), [])
+
+    def clip(*names):
+        keys = (key for name in names for key in (
+            f"{os.path.basename(os.path.dirname(name))}/{_stem(name)}", _stem(name)))
+        return next((paths[key] for key in keys if key in paths), None)
+
+    os.makedirs(out, exist_ok=True)
+    for split in [*theirs, "val"] if holdout else theirs:
+        origin = split if split in theirs else "train"             # val is held out of train
+        forms = pattern.replace("SPLIT", SPELT.get(theirs[origin], theirs[origin]))
+        source = Source(find(forms), origin, find, clip)
+        if not source.paths:
+            print(f"{split}: no annotation file is named like {forms}")
+            continue
+        missing, clips, samples, empty = collections.Counter(), set(), 0, 0
+        target = os.path.join(out, f"{split}.jsonl")
+        with open(f"{target}.part", "w", encoding="utf-8") as file:
+            for names, sample in _samples(reader, source):
+                if split == "train" and keep:
+                    answers[sample["answer"]] += 1
+                held = zlib.crc32(_stem(names[0]).encode()) < holdout * 2 ** 32
+                if holdout and origin == "train" and held != (split == "val"):
+                    continue
+                path = clip(*names)
+                if path is None:
+                    missing[names[0]] += 1
+                elif any(value in ("", []) for value in sample.values()):
+                    empty += 1
+                else:
+                    line = {"video": os.path.relpath(path, out), **sample}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    clips.add(path)
+                    samples += 1
+        absent += list(missing)[:3]
+        written += samples
+        shown = f" (such as {', '.join(list(missing)[:3])})" if missing else ""
+        print(f"{split}: {samples:,} samples of {len(clips):,} clips in {target}; left out "
+              f"{missing.total():,} samples of {len(missing):,} clips that are not under {videos}"
+              f"{shown} and {empty:,} without text")
+        if samples:
+            os.replace(f"{target}.part", target)
+        else:
+            os.remove(f"{target}.part")                            # no split, no empty manifest
+    if not written:
+        raise DataError(f"{name}: no clip such as {', '.join(absent[:3])} is under {videos}"
+                        if absent else f"{name}: none of the {len(files)} annotation files is "
+                        f"what was expected: {_about(reader)}")
+    if answers:
+        target = os.path.join(out, "answers.json")
+        with open(f"{target}.part", "w", encoding="utf-8") as file:
+            json.dump([a for a, _ in answers.most_common(keep)], file, ensure_ascii=False)
+        os.replace(f"{target}.part", target)
+
 
 # ---- command line
 
@@ -1273,6 +1800,17 @@ def main():
     command = commands.add_parser("toy", help="write the toy data set")
     command.add_argument("--out", default="data/toy", help="folder (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser(
+        "convert", help="an original public release of a data set to manifests",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
+            f"  {name:<16} {_about(entry[0]).split(':')[0]}" for name, entry in DATASETS.items()))
+    command.add_argument("name", metavar="NAME", help="a data set of the list below")
+    command.add_argument("--annotations", nargs="+", required=True, metavar="PATH",
+                         help="its annotation files, or folders of them")
+    command.add_argument("--videos", required=True, metavar="DIR", help="the folder of its clips")
+    command.add_argument("--out", required=True, metavar="DIR", help="where the manifests go")
+    command.add_argument("--holdout", type=float, default=0.0, metavar="SHARE",
+                         help="of the training videos, for val.jsonl if the data set has no val")
     command = commands.add_parser("check", help="decode every sample of a manifest, report, clean")
     command.add_argument("manifest")
     command.add_argument("--workers", type=int, default=os.cpu_count())
@@ -1290,6 +1828,8 @@ def main():
     command = args.pop("command")
     if command == "toy":
         print(toy(args["out"], args["seed"]))
+    elif command == "convert":
+        convert(**args)
     elif command == "check":
         vocab = args.pop("vocab")
         check(**args, tokenizer=Tokenizer.load(vocab) if vocab else None)

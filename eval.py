@@ -12,13 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
-import os
-import random
 import sys
 import time
 import typing
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from allinone import VARIANTS, AllInOne, CHOICES, Config, load_release, load_weights, read_weights
-from data import Clips, DataError, Manifest, Tokenizer, collate, load
+from data import Clips, Manifest, Tokenizer, collate, load
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 

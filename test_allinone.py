@@ -5,18 +5,25 @@ Order: model and rolling (Sec. 3.1, 3.2), objectives (3.3), release, weights, da
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -24,8 +31,11 @@ import torch
 import data
 import train
 from allinone import (CHOICES, VARIANTS, AllInOne, Config, channel_shift, load_release, load_vit,
-                      load_weights, mlm_loss, read_weights, token_rolling, vtc_loss, vtm_loss,
+                      mlm_loss, token_rolling, vtc_loss, vtm_loss,
                       word_patch_alignment_loss, word_patch_distance)
+from data import (DATASETS, Batches, Clips, DataError, Manifest, Tokenizer, Unreadable,
+                  _entries, _speech_windows, augment, collate, convert, decode, mask_tokens,
+                  sample_frames, shuffled, vtm_pairs)
 from eval import count_macs, count_parameters
 
 HERE = Path(__file__).parent
@@ -347,7 +357,7 @@ def test_word_patch_alignment_pulls_matched_clips_and_pushes_others():
 # ---- The release's own forward pass (float32, evaluation mode) ----------------------------------
 
 def rule(count: int, shift: float) -> np.ndarray:
-    """Numbers in [0, 1) without a file: u(43758.5453 sin(12.9898 i + shift)), u(x) = x - floor(x)"""
+    """Numbers in [0, 1) without a file: u(43758.5453 sin(12.9898 i + shift)), u(x) = x mod 1."""
     x = 43758.5453 * np.sin(12.9898 * np.arange(count, dtype=np.float64) + shift)
     return x - np.floor(x)
 
@@ -612,6 +622,849 @@ def test_an_unknown_or_missing_backbone_tensor_is_an_error(change, message, tmp_
     torch.save(change(vit_weights(build())), tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=message):
         load_vit(build(), tmp_path / "vit.pth")
+
+
+# ---- Clips (Sec. 3.1, 4.1.1): manifests, frames, words, batches ----------------------------------
+
+def film(path, codec="libx264", n=60, size=(96, 64), pix_fmt="yuv420p", rate=30, pts=None, offset=0,
+         **options):
+    """Write n distinct frames (moving noise) to path; returns path."""
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 255, (size[1] * 2, size[0] * 2, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options={k.replace("_", "-"): v
+                                                                  for k, v in options.items()})
+        stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+        stream.codec_context.time_base = Fraction(1, rate)
+        for i in range(n):
+            image = noise[i % size[1]:, i * 2 % size[0]:][:size[1], :size[0]] // 2 + i % 128
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts = (pts[i] if pts else i) + offset
+            frame.time_base = Fraction(1, rate)
+            container.mux(stream.encode(frame.reformat(format=pix_fmt)))
+        container.mux(stream.encode())
+    return path
+
+
+def every_frame(path, short_side=None):
+    """The reference: each frame of a plain decode, first packet to last, (n, 3, h, w)."""
+    frames = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for frame in container.decode(stream):
+            h, w = frame.height, frame.width
+            s = short_side / min(h, w) if short_side else 1
+            rgb = frame.reformat(round(w * s), round(h * s), "rgb24", interpolation="BILINEAR",
+                                 **data.ONE_THREAD).to_ndarray()
+            upright = np.rot90(rgb, frame.rotation // 90).copy()
+            frames.append(torch.from_numpy(upright).permute(2, 0, 1))
+    return torch.stack(frames)
+
+
+X264 = {"crf": "28", "preset": "veryfast"}
+FILMS = {  # kind: (file name, arguments of film)
+    "H.264 with B-frames, GOP 30": ("a.mp4", dict(n=90, g="30", bf="3", **X264)),
+    "H.264 without B-frames": ("a.mp4", dict(g="30", bf="0", **X264)),
+    "H.264, GOP 250": ("a.mp4", dict(n=300, g="250", bf="3", sc_threshold="0", **X264)),
+    "H.264 with a pyramid of B-frames": (
+        "a.mp4", dict(x264_params="b-pyramid=normal:bframes=8:b-adapt=0", **X264)),
+    "H.264, open GOPs": (
+        "a.mp4", dict(x264_params="open-gop=1:keyint=12:min-keyint=12:bframes=3", **X264)),
+    "H.264 in Matroska": ("a.mkv", dict(g="15", **X264)),
+    "H.264 in a transport stream, starting late": ("a.ts", dict(g="15", offset=300, **X264)),
+    "H.264 in AVI": ("a.avi", dict(g="15", bf="2", **X264)),
+    "H.264, interlaced": ("a.mp4", dict(g="20", x264_params="tff=1:bframes=2", **X264)),
+    "HEVC, open GOPs": (
+        "a.mp4", dict(codec="libx265", x265_params="keyint=15:min-keyint=15:log-level=none")),
+    "HEVC with temporal layers": (
+        "a.mp4", dict(codec="libx265", x265_params="keyint=15:temporal-layers=3:log-level=none")),
+    "VP9": ("a.webm", dict(codec="libvpx-vp9", g="20", deadline="realtime", cpu_used="8")),
+    "VP9 with hidden frames": (
+        "a.webm", dict(codec="libvpx-vp9", g="30", auto_alt_ref="1", lag_in_frames="12",
+                       deadline="good", cpu_used="5")),
+    "VP8 with hidden frames": (
+        "a.webm", dict(codec="libvpx", g="30", auto_alt_ref="1", lag_in_frames="12",
+                       deadline="good", cpu_used="5")),
+    "AV1": ("a.mp4", dict(codec="libsvtav1", g="20", preset="12", svtav1_params="lookahead=10")),
+    "MPEG-4 in AVI": ("a.avi", dict(codec="mpeg4", g="12")),
+    "MPEG-4 with B-frames in AVI": ("a.avi", dict(codec="mpeg4", g="12", bf="2")),
+    "MPEG-2": ("a.mpg", dict(codec="mpeg2video", g="12", bf="2")),
+    "Motion JPEG": ("a.avi", dict(codec="mjpeg", pix_fmt="yuvj420p")),
+    "GIF": ("a.gif", dict(codec="gif", pix_fmt="rgb8", rate=10, n=20)),
+    "a variable frame rate": (
+        "a.mp4", dict(g="20", pts=[i * i // 7 + i for i in range(60)], **X264)),
+    "a late first frame": ("a.mp4", dict(g="20", offset=45, **X264)),
+    "odd sizes": ("a.mkv", dict(size=(97, 65), pix_fmt="yuv444p", g="20", **X264)),
+    "10 bits": (
+        "a.mp4", dict(codec="libx265", pix_fmt="yuv420p10le",
+                      x265_params="keyint=20:log-level=none")),
+    "two frames": ("a.mp4", dict(n=2, **X264)),
+    "one frame": ("a.mp4", dict(n=1, **X264)),
+}
+
+
+# Only these have no usable times, so that they are decoded from their first frame.
+SERIAL = {"H.264 in a transport stream, starting late", "H.264 in AVI",
+          "MPEG-4 with B-frames in AVI", "MPEG-2"}
+
+
+@pytest.mark.parametrize("kind", FILMS)
+def test_each_chosen_frame_equals_that_frame_of_a_full_decode(kind, tmp_path, monkeypatch):
+    serially, serial = data._decode_serially, []
+    monkeypatch.setattr(data, "_decode_serially", lambda *task: serial.append(1) or serially(*task))
+    name, options = FILMS[kind]
+    path = film(tmp_path / name, **options)
+    truth, counts = every_frame(path, 48), []
+    for seed in range(3):
+        picked = sorted(torch.randperm(len(truth), generator=torch.manual_seed(seed))[:3].tolist())
+        frames = decode(path, lambda n: counts.append(n) or picked, 48)
+        assert counts[-1] == len(truth) == options.get("n", 60)
+        assert torch.equal(frames, truth[picked])
+    assert torch.equal(decode(path, lambda n: list(range(n))), every_frame(path))
+    backwards = list(range(len(truth)))[::-1] + [0, 0]
+    assert torch.equal(decode(path, lambda n: backwards, 48), truth[backwards])
+    assert bool(serial) == (kind in SERIAL)
+
+
+def test_a_window_holds_the_frames_shown_from_start_to_end_seconds(tmp_path):
+    for name, options in [("a.mp4", X264), ("b.mkv", X264), ("c.ts", dict(offset=300, **X264)),
+                          ("d.avi", dict(codec="mpeg4", bf="2"))]:
+        path = film(tmp_path / name, g="15", **options)                # 60 frames, 30 a second
+        truth, counts = every_frame(path), []
+        window = decode(path, lambda n: counts.append(n) or list(range(n)), None, 0.5, 1.2)
+        assert counts == [21] and torch.equal(window, truth[15:36])    # 0.5 s is in, 1.2 s is out
+        assert torch.equal(decode(path, lambda n: list(range(n)), None, start=1.5), truth[45:])
+        assert torch.equal(decode(path, lambda n: list(range(n)), None, end=0.1), truth[:3])
+        shown = decode(path, lambda n: [0], None, 1.01, 1.02)               # on display then
+        assert torch.equal(shown, truth[30:31])
+        with pytest.raises(Unreadable, match="start and end"):
+            decode(path, lambda n: [0], None, 7.0, 9.0)
+
+
+def test_rotated_phone_video_comes_out_upright(tmp_path):
+    path = film(tmp_path / "a.mp4", n=10, size=(96, 64), **X264)
+    upright, film_bytes = every_frame(path), bytearray(path.read_bytes())
+    matrix = film_bytes.index(b"tkhd") + 4 + 40                  # 16.16 fixed point, clockwise 90
+    film_bytes[matrix:matrix + 20] = struct.pack(">5i", 0, 0x10000, 0, -0x10000, 0)
+    path.write_bytes(film_bytes)
+    frames = decode(path, lambda n: [0, 5, 9], 32)
+    assert frames.shape == (3, 3, 48, 32)                        # portrait, shorter side 32
+    clockwise = torch.rot90(upright, -1, (2, 3))
+    assert torch.equal(decode(path, lambda n: [0, 5, 9]), clockwise[[0, 5, 9]])
+
+
+def test_images_and_folders_of_images_are_clips(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for i in (1, 2, 10):
+        film(tmp_path / "frames" / f"{i}.png", codec="png", n=1, pix_fmt="rgb24", size=(30 + i, 20))
+        with av.open(str(tmp_path / "frames" / f"{i}.jpg"), "w") as container:
+            stream = container.add_stream("mjpeg")
+            stream.width, stream.height, stream.pix_fmt = 40, 20, "yuvj420p"
+            grey = np.full((20, 40, 3), i * 20, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(grey)) + stream.encode():
+                container.mux(packet)
+    (tmp_path / "frames" / "notes.txt").write_text("not a frame")
+    image = decode(tmp_path / "frames" / "2.jpg", lambda n: sample_frames(n, 3, False), 10)
+    assert image.shape == (3, 3, 10, 20) and abs(image.float().mean() - 40) < 2
+    for png in (tmp_path / "frames").glob("*.png"):
+        assert decode(png, lambda n: [0]).shape[2] == 20
+        png.unlink()
+    clip = decode(tmp_path / "frames", lambda n: list(range(n)))
+    assert clip.shape == (3, 3, 20, 40)
+    assert (clip.float().mean((1, 2, 3)) / 20).round().tolist() == [1, 2, 10]
+
+
+def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
+    film(tmp_path / "whole.mp4", movflags="faststart", **X264)
+    film(tmp_path / "whole.mkv", g="10", n=300, **X264)
+    for name, share in [("whole.mp4", 0.6), ("whole.mkv", 0.4)]:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / f"cut-{name}").write_bytes(content[:int(share * len(content))])
+    content = bytearray((tmp_path / "whole.mp4").read_bytes())
+    content[-2000:-1900] = bytes(100)
+    (tmp_path / "zeroed.mp4").write_bytes(content)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "words.txt").write_text("once upon a time " * 50)
+    (tmp_path / "folder").mkdir()
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+    for name, reason in {
+            "missing.mp4": "no such file", "empty.mp4": "empty", "noise.mp4": "cannot be decoded",
+            "words.txt": "no video stream", "sound.wav": "no video stream", "folder": "no image",
+            "cut-whole.mp4": "cannot be decoded", "cut-whole.mkv": "truncated",
+            "zeroed.mp4": "cannot be decoded"}.items():
+        with pytest.raises(Unreadable, match=reason) as caught:
+            decode(tmp_path / name, lambda n: list(range(n)), 32)
+        assert name in str(caught.value)
+
+
+def test_sixty_corruptions_of_real_clips_never_crash_hang_or_leak(tmp_path):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2 ** 20
+    whole = [film(tmp_path / name, **options) for name, options in (
+        ("a.mp4", X264), ("b.webm", dict(codec="libvpx", deadline="realtime", cpu_used="8")),
+        ("c.avi", dict(codec="mpeg4", bf="2")), ("d.gif", dict(codec="gif", pix_fmt="rgb8", n=20)))]
+    outcomes = []
+    for turn in range(60):
+        random = np.random.default_rng(turn)
+        content = bytearray(whole[turn % 4].read_bytes())
+        at, length = int(random.integers(len(content))), int(random.integers(1, 3000))
+        noise = random.bytes(length)
+        content[at:at + length] = [
+            noise, b"", bytes(length), noise * 2, content[at:at + 1]][turn % 5]
+        broken = tmp_path / f"broken{whole[turn % 4].suffix}"
+        broken.write_bytes(content)
+        try:
+            decode(broken, lambda n: sample_frames(n, 3, False), 48)
+            outcomes.append("read")
+        except Unreadable:
+            outcomes.append("unreadable")
+        if turn == 20:
+            before = resident()
+    assert outcomes.count("unreadable") > 15 and resident() - before < 30
+
+
+def test_sampled_frames_cover_every_frame_of_every_segment():             # Sec. 3.1
+    for n, frames in [(12, 3), (10, 3), (7, 3), (3, 3), (100, 8)]:
+        torch.manual_seed(0)
+        draws = torch.tensor([sample_frames(n, frames, True) for _ in range(100 * n)])
+        bounds = [i * n // frames for i in range(frames + 1)]
+        for i in range(frames):
+            assert set(draws[:, i].tolist()) == set(range(bounds[i], bounds[i + 1]))
+    assert sample_frames(12, 3, False) == [2, 6, 10]                      # the centres
+    assert [sample_frames(12, 3, False, v, 3) for v in range(3)] == [
+        [0, 4, 8], [2, 6, 10], [3, 7, 11]]
+    assert sample_frames(2, 3, True) == [0, 0, 1] and sample_frames(1, 3, False) == [0, 0, 0]
+
+
+def test_a_manifest_is_indexed_once_and_again_when_it_changes(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(
+        json.dumps({"video": f"{i}.mp4", "text": "é" * i}) + "\n" for i in range(50)))
+    first, built = Manifest(path), (tmp_path / "m.jsonl.idx").stat().st_mtime_ns
+    assert len(first) == 50 and first[7]["text"] == "é" * 7
+    assert first[7]["video"] == str(tmp_path / "7.mp4") and first[7]["where"] == f"{path}:8"
+    assert len(Manifest(path)) == 50 and (tmp_path / "m.jsonl.idx").stat().st_mtime_ns == built
+    with open(path, "a") as file:
+        file.write('{"video": "last.mp4"}\n\n \n')                       # blank lines at the end
+    assert len(Manifest(path)) == 51 and Manifest(path)[50]["video"].endswith("last.mp4")
+    both = Manifest([path, path])
+    assert len(both) == 102
+    assert both[101]["where"] == f"{path}:51" and both[51]["where"] == f"{path}:1"
+    assert pickle.loads(pickle.dumps(both))[101] == both[101]
+
+
+def test_a_bad_manifest_line_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"video": "a.mp4"}\n{"video": "a.mp4", text}\n{"text": "no film"}\n\n'
+                    '{"video": "b"}\n'
+                    '{"video": "c", "start": "1.5"}')
+    for line, complaint in [(1, "not JSON"), (2, 'lacks "video"'), (3, "not JSON"),
+                            (5, "\"start\" is '1.5'")]:
+        with pytest.raises(DataError, match=complaint) as caught:
+            Manifest(path)[line]
+        assert f"{path}:{line + 1}: " in str(caught.value) and "\n" not in str(caught.value)
+    assert Manifest(path)[4]["video"].endswith("/b")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    for name, complaint in [("empty.jsonl", "no samples"), ("none.jsonl", "no such manifest")]:
+        with pytest.raises(DataError, match=complaint):
+            Manifest(tmp_path / name)
+
+
+def test_shuffling_is_a_permutation_that_needs_no_list():
+    for n in (1, 2, 3, 10, 1000, 4097):
+        assert sorted(shuffled(i, n, seed=1) for i in range(n)) == list(range(n))
+    big = [shuffled(i, 136_000_000, 0) for i in range(1000)]
+    assert len(set(big)) == 1000 and 0.4 < np.mean(big) / 136e6 < 0.6
+    assert [shuffled(i, 1000, 0) for i in range(9)] != [shuffled(i, 1000, 1) for i in range(9)]
+
+
+def test_any_number_of_processes_sees_the_same_batches_and_resuming_skips_nothing():
+    def run(world, accumulate, start=0, steps=10):
+        parts = [list(Batches(50, 24, 3, rank, world, start, accumulate, steps))
+                 for rank in range(world)]
+        return [[visit for part in parts for micro in part[t * accumulate:(t + 1) * accumulate]
+                 for visit in micro] for t in range(steps - start)]
+    alone = run(1, 1)
+    assert alone == run(2, 1) == run(4, 3) == run(1, 8)
+    assert alone[4:] == run(2, 2, start=4)
+    visits = [visit for step in alone for visit in step]
+    assert [draw for _, draw in visits] == list(range(240))
+    assert sorted(index for index, _ in visits[:50]) == list(range(50))     # an epoch visits all
+    assert [index for index, _ in visits[:50]] != [index for index, _ in visits[50:100]]
+    with pytest.raises(DataError, match="multiple of 5"):
+        Batches(50, 24, 3, world=5)
+
+
+WORDS = ["a dog runs to the left", "two cats play with a ball", "a man cooks rice"]
+
+
+def test_tokens_travel_as_json_and_too_long_questions_lose_their_own_last_words():
+    tokenizer = Tokenizer.train(WORDS, 200)
+    assert tokenizer.to_json() == Tokenizer.train(WORDS, 200).to_json()
+    again = Tokenizer.from_json(tokenizer.to_json())
+    assert again.encode("Á DOG, runs", 9) == tokenizer.encode("a dog, runs", 9)
+    def spell(ids):
+        return [tokenizer.words.id_to_token(i) for i in ids]
+    assert spell(tokenizer.encode("a dog", 40)) == ["[CLS]", "a", "dog", "[SEP]"]
+    assert spell(tokenizer.encode("a dog", 40, first="a man")) == [
+        "[CLS]", "a", "man", "[SEP]", "a", "dog", "[SEP]"]
+    assert spell(tokenizer.encode("a dog", 6, first="a man")) == [
+        "[CLS]", "a", "[SEP]", "a", "dog", "[SEP]"]
+    assert spell(tokenizer.encode("a dog runs", 4)) == ["[CLS]", "a", "dog", "[SEP]"]
+    assert spell(tokenizer.encode("", 4)) == ["[CLS]", "[SEP]"]
+    assert len(tokenizer) == tokenizer.vocab_size == len(tokenizer.ordinary) + 5
+
+
+def test_a_local_vocabulary_is_read_and_an_unknown_name_asks_for_one(tmp_path, monkeypatch):
+    tokenizer = Tokenizer.train(WORDS, 200)
+    vocabulary = tokenizer.words.get_vocab()
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    for name in ("vocab.txt", "tokenizer.json"):
+        loaded = Tokenizer.load(tmp_path / name)
+        assert loaded.encode(WORDS[0], 40) == tokenizer.encode(WORDS[0], 40)
+    with pytest.raises(DataError, match="local vocab.txt"):
+        Tokenizer.load(str(tmp_path / "no such vocabulary"))
+    (tmp_path / "vocab.txt").write_text("a\nb\n[UNK]")
+    with pytest.raises(DataError, match=r"lacks \[PAD\]"):
+        Tokenizer.load(tmp_path / "vocab.txt")
+
+
+def test_masking_hides_a_sixth_of_the_words_and_never_a_special():  # Sec. 3.3: 15 %
+    tokenizer = Tokenizer.train(["some words " * 9], 100)
+    ids = tokenizer.encode("some words zoo " * 12, 40) + [tokenizer.pad_id] * 3
+    torch.manual_seed(0)
+    fates = {"chosen": 0, "masked": 0, "kept": 0, "words": 0}
+    for _ in range(3000):
+        masked, positions, labels = mask_tokens(ids, tokenizer)
+        assert labels == [ids[p] for p in positions]
+        assert all(masked[p] == ids[p] for p in range(len(ids)) if p not in positions)
+        specials = tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id
+        fates["words"] += sum(i not in specials for i in ids)
+        fates["chosen"] += len(positions)
+        fates["masked"] += sum(masked[p] == tokenizer.mask_id for p in positions)
+        fates["kept"] += sum(masked[p] == ids[p] for p in positions)
+        assert 0 not in positions and max(positions, default=0) < ids.index(tokenizer.sep_id)
+        assert not set(masked) & {tokenizer.unk_id} - set(ids)
+    assert abs(fates["chosen"] / fates["words"] - 0.15) < 0.005
+    assert abs(fates["masked"] / fates["chosen"] - 0.8) < 0.02
+    by_chance = 0.1 / len(tokenizer.ordinary)                              # a random word is itself
+    assert abs(fates["kept"] / fates["chosen"] - 0.1 - by_chance) < 0.02
+
+
+def test_whole_word_masking_chooses_the_pieces_of_a_word_together():
+    tokenizer = Tokenizer.train(["moss", "swoord"], 5)                     # letters only
+    ids, together = tokenizer.encode("words moss", 40), set()
+    torch.manual_seed(0)
+    for _ in range(300):
+        together.add(tuple(mask_tokens(ids, tokenizer, whole_words=True)[1]))
+    assert together == {(), (1, 2, 3, 4, 5), (6, 7, 8, 9), tuple(range(1, 10))}
+
+
+def test_a_mismatched_text_never_meets_a_clip_of_the_same_caption():       # Sec. 3.3, VTM
+    captions, kept = ["a", "b", "a", "c"], []
+    torch.manual_seed(0)
+    for _ in range(1000):
+        source, labels = vtm_pairs(captions)
+        for i, (j, label) in enumerate(zip(source, labels)):
+            assert (i == j) if label else captions[i] != captions[j]
+        kept += labels
+    assert abs(np.mean(kept) - 0.5) < 0.03
+    assert vtm_pairs(["same"] * 3) == ([0, 1, 2], [1, 1, 1])
+
+
+def clips_of(folder, lines, task="pretrain", **options):
+    """A Clips over `lines` (dicts), written to folder/m.jsonl beside one film, a.mp4."""
+    if not (folder / "a.mp4").exists():
+        film(folder / "a.mp4", n=12, size=(48, 40), **X264)
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {"frames": 3, "image_size": 32, "max_text_len": 40, "train": True, **options}
+    return Clips(Manifest(folder / "m.jsonl"), Tokenizer.train(WORDS, 200), task, **options)
+
+
+def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
+    clips = clips_of(tmp_path, [{"video": "a.mp4", "text": text} for text in WORDS] * 4)
+    merge = partial(collate, tokenizer=clips.tokenizer, max_text_len=40, group=4)
+    def batches(workers):
+        keys = Batches(len(clips), 8, seed=0, steps=2)
+        return list(torch.utils.data.DataLoader(
+            clips, batch_sampler=keys, collate_fn=merge, num_workers=workers))
+    for one, other in zip(batches(0), batches(2)):
+        assert one.keys() == other.keys()
+        for key in one:
+            same = (torch.equal(one[key], other[key]) if torch.is_tensor(one[key])
+                    else one[key] == other[key])
+            assert same, key
+    assert not torch.equal(clips[0, 0]["video"], clips[0, 1]["video"])
+
+
+def test_vtm_pairs_do_not_depend_on_the_number_of_processes(tmp_path):
+    clips = clips_of(tmp_path, [{"video": "a.mp4", "text": text} for text in WORDS] * 8)
+    merge = partial(collate, tokenizer=clips.tokenizer, max_text_len=40, group=4)
+    def pairs(world):
+        parts = [merge([clips[key] for key in next(iter(Batches(len(clips), 16, 0, rank, world)))])
+                 for rank in range(world)]
+        first = [16 // world * rank for rank in range(world)]
+        return (torch.cat([part["vtm_source"] + at for part, at in zip(parts, first)]),
+                torch.cat([part["vtm_labels"] for part in parts]))
+    assert all(torch.equal(one, other) for one, other in zip(pairs(1), pairs(2)))
+    source, labels = pairs(1)
+    assert torch.equal(source // 4, torch.arange(16) // 4)                 # within groups of four
+
+
+def test_a_pretraining_batch_is_padded_to_stable_shapes(tmp_path):
+    clips = clips_of(tmp_path, [{"video": "a.mp4", "text": text} for text in WORDS])
+    batch = collate([clips[i] for i in range(3)], clips.tokenizer, 40)
+    assert batch["video"].shape == (3, 3, 3, 32, 32) and batch["video"].dtype == torch.uint8
+    assert batch["text_ids"].shape == batch["mlm_ids"].shape == (3, 8)
+    assert batch["text_mask"].sum(1).tolist() == [len(clips.tokenizer.encode(t, 40)) for t in WORDS]
+    assert len(batch["mlm_where"]) == len(batch["mlm_labels"]) and len(batch["mlm_where"]) % 32 == 0
+    chosen = batch["mlm_labels"] != -100
+    originals = batch["text_ids"].flatten()[batch["mlm_where"]]
+    assert torch.equal(originals[chosen], batch["mlm_labels"][chosen])
+    assert not batch["text_ids"][~batch["text_mask"]].any()                # padding is [PAD], 0
+
+
+def test_each_task_gets_the_words_it_needs(tmp_path):
+    choice = clips_of(tmp_path, [
+        {"video": "a.mp4", "options": WORDS, "answer": 1, "question": "what now", "kind": "x"},
+        {"video": "a.mp4", "options": WORDS[:2], "answer": WORDS[0]}], "choice", train=False)
+    batch = collate([choice[0], choice[1]], choice.tokenizer, 40)
+    assert batch["label"].tolist() == [1, 0] and batch["kind"] == ["x", None]
+    assert batch["option_mask"].tolist() == [[True] * 3, [True, True, False]]
+    assert batch["text_ids"].shape == batch["text_mask"].shape
+    assert batch["text_mask"].shape[:2] == (2, 3)
+    assert not batch["text_mask"][1, 2].any()
+    encoded = choice.tokenizer.encode(WORDS[2], 40, "what now")
+    assert batch["text_ids"][0, 2][batch["text_mask"][0, 2]].tolist() == encoded
+
+    asked = [{"video": "a.mp4", "question": "who", "answer": a} for a in ("dog", "yak")]
+    qa = clips_of(tmp_path, asked,
+                  "qa", train=False, answers=["cat", "dog"], views=3)
+    batch = collate([qa[0], qa[1]], qa.tokenizer, 40)
+    assert batch["label"].tolist() == [1, -1] and batch["video"].shape == (2, 3, 3, 3, 32, 32)
+    assert not torch.equal(batch["video"][0, 0], batch["video"][0, 2])     # views differ in time
+
+    lines = [{"video": "a.mp4", "texts": WORDS}, {"video": "a.mp4", "text": WORDS[0]}]
+    retrieval = clips_of(tmp_path, lines, "retrieval", train=False)
+    batch = collate([retrieval[0], retrieval[1]], retrieval.tokenizer, 40)
+    assert batch["text_clip"].tolist() == [0, 0, 0, 1] and len(batch["text_ids"]) == 4
+    retrieval.train = True
+    assert len({tuple(retrieval[0, draw]["ids"][0]) for draw in range(30)}) == 3
+    with pytest.raises(DataError, match='m.jsonl:1: "answer" is 3; expected an index into the 3'):
+        clips_of(tmp_path, [{"video": "a.mp4", "options": WORDS, "answer": 3}], "choice")[0]
+    with pytest.raises(DataError, match='m.jsonl:1: task choice needs "options"'):
+        clips_of(tmp_path, lines, "choice")[0]
+    with pytest.raises(DataError, match="unknown task 'chioce'"):
+        clips_of(tmp_path, lines, "chioce")
+
+
+def test_a_video_of_many_captions_gives_one_window_a_visit(tmp_path):      # HowTo100M
+    film(tmp_path / "long.mp4", n=300, size=(48, 40), g="30", **X264)      # 10 s
+    windows = [[0, 2, "a dog"], [7, 9, "a man"]]
+    clips = clips_of(tmp_path, [{"video": "long.mp4", "captions": windows}])
+    texts = {clips[0, draw]["caption"] for draw in range(20)}
+    assert texts == {"a dog", "a man"}
+    sample = clips.manifest[0]
+    assert clips._captions(sample) and sample["end"] - max(sample["start"], 0) <= data.MIN_WINDOW
+
+
+def test_training_skips_and_reports_what_evaluation_never_replaces(tmp_path):
+    lines = [{"video": f"{name}.mp4", "text": WORDS[0]} for name in ("gone", "cut", "a")]
+    (tmp_path / "cut.mp4").write_bytes(b"nothing like a film")
+    clips = clips_of(tmp_path, lines)
+    item = clips[0, 5]
+    assert len(item["errors"]) == 2 and item["index"] == 2
+    assert "m.jsonl:1" in item["errors"][0] and "gone.mp4: no such file" in item["errors"][0]
+    clips.train = False
+    batch = collate([clips[i] for i in range(3)], clips.tokenizer, 40)
+    assert batch["index"].tolist() == [2] and batch["unreadable"] == [0, 1]
+    assert len(batch["errors"]) == 2
+    batch = collate([clips[0], clips[1]], clips.tokenizer, 40)
+    assert batch["index"].tolist() == [] and "video" not in batch
+    (tmp_path / "a.mp4").unlink()                                # disappears during training
+    clips.train = True
+    with pytest.raises(DataError, match="in a row"):
+        clips[0, 0]
+
+
+def test_crops_are_alike_in_all_frames_and_left_is_never_flipped(tmp_path, monkeypatch):
+    frame = torch.arange(40 * 48).remainder(251).to(torch.uint8).reshape(40, 48)
+    video = frame.expand(3, 3, 40, 48)
+    torch.manual_seed(0)
+    crops = {tuple(augment(video, 32, True)[0, 0, 0].tolist()) for _ in range(50)}
+    assert len(crops) > 20                                                 # of 9 x 17 places
+    cropped = augment(video, 32, True)
+    assert torch.equal(cropped[0], cropped[2])
+    assert torch.equal(augment(video, 32, False), video[..., 4:36, 8:40])
+    assert augment(video, 32, True, rand_augment=True, flip=True).shape == (3, 3, 32, 32)
+    flipped = {torch.equal(augment(video[..., :40], 40, True, flip=True), video[..., :40].flip(-1))
+               for _ in range(20)}
+    assert flipped == {True, False}
+    clips = clips_of(tmp_path, [{"video": "a.mp4", "text": text} for text in WORDS[:2]], flip=True)
+    asked = []
+    monkeypatch.setattr(data, "augment", lambda *task: asked.append(task[-1]) or task[0])
+    clips[0, 0], clips[1, 0]
+    assert asked == [False, True]                                          # "to the left": never
+    assert data.names_sides({"question": "is the Right door open"})
+    assert not data.names_sides({"text": "a bright light"})
+
+
+def test_boxes_wear_the_colour_of_their_identity():                        # VCR, Fig. 5
+    video = torch.zeros(1, 3, 60, 80, dtype=torch.uint8)
+    drawn = data.draw_boxes(video, [[1, 5, 5, 30, 40], [2, 40, 5, 70, 40]])
+    again = data.draw_boxes(video, [[2, 5, 5, 30, 40]])
+    assert torch.equal(drawn[0, :, 5, 50], again[0, :, 5, 15]) and drawn[0, :, 5, 50].any()
+    assert not torch.equal(drawn[0, :, 5, 15], drawn[0, :, 5, 50])
+    assert not drawn[0, :, 20, 15].any() and data.draw_boxes(video, []) is video
+
+
+def test_boxes_in_pixels_of_the_stored_image_land_in_the_scaled_one(tmp_path):
+    film(tmp_path / "i.png", codec="png", n=1, pix_fmt="rgb24", size=(400, 300))
+    sample = {"video": "i.png", "text": "a", "boxes": [[0, 150, 100, 250, 200]]}
+    clips = clips_of(tmp_path, [sample],
+                     train=False, image_size=100)
+    picture = clips[0]["video"][0].float()                                 # 0.4 of it, centre crop
+    red = (picture[0] - picture[1]) > 100                                  # identity 0 is red
+    rows, columns = red.nonzero().T
+    assert rows.min() in range(27, 33) and rows.max() in range(67, 73)     # (100 - 25) * 0.4 = 30
+
+
+class Deadly(Clips):
+    """Clips whose sample 2 kills the process that reads it and whose sample 5 never returns."""
+
+    def _video(self, sample):
+        if sample["where"].endswith(":3"):
+            os._exit(11)
+        if sample["where"].endswith(":6"):
+            time.sleep(1000)
+        return torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+
+
+def test_a_worker_that_dies_or_hangs_costs_only_its_clip(tmp_path):
+    plain = clips_of(tmp_path, [{"video": "a.mp4", "text": WORDS[0]}] * 9)
+    clips = Deadly(plain.manifest, plain.tokenizer, "pretrain", 3, 32, 40, train=True)
+    merge = partial(collate, tokenizer=clips.tokenizer, max_text_len=40)
+    keys = [[(i, i) for i in range(begin, begin + 3)] for begin in (0, 3, 6)]
+    batches = list(data.load(clips, keys, merge, workers=2, timeout=3))
+    assert sorted(clips.refused) == [2, 5]
+    errors = [error for batch in batches for error in batch["errors"]]
+    assert len(errors) == 2
+    assert "took its reader down" in errors[0] and "longer than 3 s" in errors[1]
+    indices = [index for batch in batches for index in batch["index"].tolist()]
+    assert indices == [0, 1, 3, 3, 4, 6, 6, 7, 8]                          # the next line stands in
+    clips.train = False
+    assert "took its reader down" in clips[2]["error"]                     # in evaluation none
+
+
+def test_the_data_doctor_names_every_fault_and_writes_a_clean_manifest(tmp_path, capsys):
+    film(tmp_path / "a.mp4", n=12, **X264)
+    film(tmp_path / "short.mp4", n=2, **X264)
+    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    lines = [{"video": "a.mp4", "text": "a dog"}, {"video": "gone.mp4", "text": "a cat"},
+             {"video": "bad.mp4", "text": "a cow"}, {"video": "short.mp4", "text": "a dog"},
+             {"video": "a.mp4", "text": " "}, {"video": "a.mp4", "text": "so many words " * 20}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nno JSON")
+    found = data.check(tmp_path / "m.jsonl", workers=1, timeout=30)
+    faults = {fault: [place.split(":")[1].split()[0] for place in places]
+              for fault, places in found.items()}
+    assert faults == {"missing file": ["2"], "unreadable": ["3"], "short clip": ["4"],
+                      "duplicate caption": ["4"], "empty text": ["5"], "text too long": ["6"],
+                      "bad line": ["7"]}
+    clean = Manifest(tmp_path / "m.clean.jsonl")
+    assert [clean[i]["text"][:7] for i in range(len(clean))] == ["a dog", "a dog", "so many"]
+    assert "3 of 7 samples are usable" in capsys.readouterr().out
+
+
+def test_the_stopwatch_reads_the_same_frames_each_way(tmp_path, capsys):
+    data.bench([film(tmp_path / "a.mp4", **X264)], side=48, repeats=1)
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"decode \(exact, sparse\) +[\d.]+ clips per CPU-second, .*; open and seek \d+%", printed)
+    assert re.search(
+        r"PyAV, every frame +[\d.]+ clips per CPU-second, +[\d.]+ cores feed 400 clips/s", printed)
+
+
+# ---- Every data set in its owners' form ----------------------------------------------------------
+
+@pytest.fixture
+def release(tmp_path):
+    """release(name, {annotation file: content}, [clips on disk]) -> {file written: its content}."""
+    def run(name, annotations, clips, **options):
+        for file, content in {**annotations, **{f"../clips/{clip}": "" for clip in clips}}.items():
+            path = tmp_path / "notes" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        notes = [tmp_path / "notes" / file for file in ("", *annotations)]   # twice, read once
+        convert(name, notes, tmp_path / "clips", tmp_path / "out", **options)
+        written = {}
+        for path in (tmp_path / "out").iterdir():
+            written[path.stem] = [json.loads(line) for line in open(path, encoding="utf-8")]
+            assert path.suffix != ".part"
+            for sample in written[path.stem] if path.suffix == ".jsonl" else ():
+                assert (tmp_path / "out" / sample["video"]).exists()
+                sample["video"] = os.path.relpath(sample["video"], "../clips")
+        return written
+    return run
+
+
+def jsonl(*samples):
+    return "".join(json.dumps(sample) + "\n" for sample in samples)
+
+
+def test_webvid_captions_keep_commas_quotes_and_embedded_newlines(release, capsys):
+    out = release("webvid", {
+        "results_2M_train.csv": "videoid,contentUrl,duration,page_dir,name\n"
+        '7,https://x/7.mp4,PT10S,000001_000050,"A ""red"" car,\nparked"\n'
+        "8,https://x/8.mp4,PT10S,000001_000050,gone\n9,u,d,000001_000050,\n",
+        "webvid_validation_success_full.tsv": 'caption\tpath\n"The ""sea"""\t000051_000100/5\n'},
+        ["000001_000050/7.mp4", "000001_000050/9.mp4", "000051_000100/5.webm"])
+    assert out["train"] == [{"video": "000001_000050/7.mp4", "text": 'A "red" car, parked'}]
+    assert out["val"] == [{"video": "000051_000100/5.webm", "text": 'The "sea"'}]
+    printed = capsys.readouterr().out                # the missing clip and the lacking caption
+    assert "such as 000001_000050/8)" in printed and "1 without text" in printed
+
+
+WINDOWS = {"start": [0.41, 3.9, 6.0], "end": [3.91, 5.0, 8.5], "text": ["check pic", "", "bowl"]}
+
+
+@pytest.mark.parametrize("notes", [
+    {"-tCQ4tCQdWE.csv": "start,end,text\n0.41,3.91,check pic\n3.9,5.0,\n6.0,8.5,bowl\n"},
+    {"caption.json": {"-tCQ4tCQdWE": WINDOWS}}], ids=["csv", "json"])
+def test_howto100m_is_one_line_a_video_with_all_its_windows(release, notes):
+    assert release("howto100m", notes, ["food/-tCQ4tCQdWE.webm"])["train"] == [
+        {"video": "food/-tCQ4tCQdWE.webm",
+         "captions": [[0.41, 3.91, "check pic"], [6.0, 8.5, "bowl"]]}]
+
+
+def test_a_caption_file_larger_than_memory_is_read_in_pieces(tmp_path):
+    captions = {f"id{i}": {"start": [i], "text": ['a {"b": 1}, \\ é']} for i in range(50)}
+    path = tmp_path / "caption.json"
+    path.write_text(json.dumps(captions, indent=1))
+    for chunk in 1, 7, 1 << 20:
+        assert dict(_entries(path, chunk)) == captions
+    path.write_text(json.dumps(captions)[:-9])
+    with pytest.raises(DataError, match="caption.json.*download it again"):
+        list(_entries(path, 64))
+
+
+def test_yt_temporal_speech_is_cut_into_windows_of_ten_to_fifteen_seconds(release):
+    words = [{"word": f"w{i}", "time": 1.5 * i} for i in range(40)] + [
+        {"word": "&gt;&gt;", "time": 3}, {"word": "late", "time": 90}]
+    clean = f"W0, W1. new {' '.join(f'w{i}' for i in range(3, 40))} late and so on"
+    video = {"info": {"id": "WAaKRUoY6Io", "duration": 97}, "subtitles": words,
+             "denoised": [{"noisyasr": "", "cleanasr": clean}]}
+    shard = {"yttemporal180m_train_000of100.jsonl.gz": gzip.compress(jsonl(video).encode())}
+    forms = {"WAaKRUoY6Io.grover.json": video}, shard                    # a file a video, or many
+    clips = ["s/data/WAaKRUoY6Io.mp4"]
+    one, other = (release("yttemporal", form, clips)["train"] for form in forms)
+    windows = one[0]["captions"]
+    assert one == other and windows[0] == [0, 10.5, "W0, W1. new w3 w4 w5 w6"]
+    assert all(10 <= end - start <= 15 for start, end, _ in windows[:-1])
+    assert windows[-2][:2] == [52.5, 67.5]                              # a long pause follows
+    assert windows[-1] == [90, 97, "late"]                              # "and so on" was not said
+    assert _speech_windows(words[:8], [], 97)[0][2] == "w0 w1 w2 w3 w4 w5 w6"
+    assert _speech_windows([], ["x"], 97) == []
+
+
+def test_conceptual_captions_are_plain_lines_and_their_images_are_named_by_url(release):
+    urls = "http://x/a.jpg", "http://x/b.jpg"
+    names = [str(zlib.crc32(url.encode())) for url in urls]
+    out = release("cc3m", {"Train_GCC-training.tsv": f'a "big" dog\t{urls[0]}\n',
+                           "Validation_GCC-1.1.0-Validation.tsv": f'"a cat\t{urls[1]}\n'},
+                  [names[0], f"{names[1]}.jpg"])
+    assert [out[split][0]["text"] for split in ("train", "val")] == ['a "big" dog', '"a cat']
+
+
+def test_coco_follows_karpathys_splits_or_without_them_the_official_files(release):
+    clips, notes = ["a.jpg", "b.jpg"], {"captions_train2014.json": {
+        "images": [{"id": 9, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 9, "caption": text} for text in ("one", "two")]}}
+    assert release("coco", notes, clips)["train"] == [{"video": "a.jpg", "texts": ["one", "two"]}]
+    images = [{"filename": name, "split": split, "sentences": [{"raw": f"{split}\n1"}]}
+              for name, split in (("a.jpg", "test"), ("b.jpg", "restval"))]
+    out = release("coco", {**notes, "dataset_coco.json": {"images": images}}, clips)
+    assert out["train"] == [{"video": "b.jpg", "texts": ["restval 1"]}] and len(out["test"]) == 1
+
+
+def sentences(*videos):
+    return {"sentences": [{"sen_id": 0, "video_id": video, "caption": f"{video} {i}"}
+                          for video in videos for i in "ab"]}
+
+
+MSRVTT = {"train_val_videodatainfo.json": sentences("video0", "video1", "video6513"),
+          "test_videodatainfo.json": sentences("video7010", "video9770"),
+          "MSRVTT_JSFUSION_test.csv": "key,vid_key,video_id,sentence\n"
+                                      'ret0,msr9770,video9770,"a man, talking"\n'}
+MSRVTT_CLIPS = [f"TrainValVideo/video{i}.mp4" for i in (0, 1, 6513, 7010, 9770)]
+
+
+@pytest.mark.parametrize("name, notes, train, test", [                   # Tab. 3a
+    ("msrvtt_9k", {}, ["0", "1", "6513", "7010"], ["a man, talking"]),
+    ("msrvtt_7k", {}, ["0", "1", "6513"], ["a man, talking"]),
+    ("msrvtt_7k", {"train_list_miech.txt": "video1\n", "test_list_miech.txt": "video0\n"},
+     ["1"], ["video0 a", "video0 b"]),
+    ("msrvtt_full", {}, ["0", "1"], ["video7010 a", "video7010 b"])])
+def test_msrvtt_retrieval_has_three_protocols(release, name, notes, train, test):
+    out = release(name, {**MSRVTT, **notes}, MSRVTT_CLIPS)
+    assert sorted(sample["video"][19:-4] for sample in out["train"]) == train
+    assert out["test"][0]["texts"] == test
+
+
+def test_msrvtt_choices_train_on_captions_and_test_on_jsfusions_questions(release):  # Tab. 4a
+    question = "\tkey\tvid_key\ta1\ta2\ta3\ta4\ta5\tanswer\n0\tmc0\tmsr7010\ta\tb\tc\td\te\t3\n"
+    out = release("msrvtt_mc", {**MSRVTT, "MSR_MC_test.csv": question}, MSRVTT_CLIPS)
+    assert out["test"] == [
+        {"video": "TrainValVideo/video7010.mp4", "options": list("abcde"), "answer": 3}]
+    assert out["train"][0]["answer"] == 0 and out["train"][0]["options"][0] == "video0 a"
+    assert set(out["train"][0]["options"][1:]) == {"video1 a", "video1 b"}   # of other videos
+
+
+@pytest.mark.parametrize("name, clip, mapping, kept", [                  # Tab. 2b, 2c
+    ("msrvtt_qa", "video6513.mp4", "", 1500),
+    ("msvd_qa", "-4wsuPCjDBc_5_15.avi", "-4wsuPCjDBc_5_15 vid6513\n", 1000)])
+def test_open_questions_keep_the_commonest_training_answers(release, name, clip, mapping, kept):
+    def asked(*answers, video=6513):
+        return [{"answer": answer, "id": 1, "question": "What is it?", "video_id": video}
+                for answer in answers]
+    train = asked("zebra", "man", "dog", "man") + asked("rare", video=99)
+    out = release(name, {"train_qa.json": train, "test_qa.json": asked("unseen"),
+                         "youtube_mapping.txt": mapping}, [clip])
+    assert out["answers"] == [["man", "zebra", "dog", "rare"]]           # ties: the first to appear
+    assert len(out["train"]) == 4 and DATASETS[name][3] == kept          # one clip is gone
+    assert out["test"] == [
+        {"video": clip, "question": "What is it?", "answer": "unseen", "kind": "what"}]
+
+
+@pytest.mark.parametrize("name, file, line, expected", [
+    ("msrvtt_qa", "msrvtt_qa_test.jsonl", {"video_id": "video7", "question": "who?",
+     "answer": "a", "answer_type": "who"}, {"question": "who?", "answer": "a", "kind": "who?"}),
+    ("msrvtt_mc", "msrvtt_mc_test.jsonl", {"qid": 1, "clip_name": "video7", "options": ["a", "b"],
+     "answer": 1}, {"options": ["a", "b"], "answer": 1}),
+    ("tgif_frameqa", "frameqa_test.jsonl", {"gif_name": "video7", "question": "q", "answer": "a",
+     "answer_type": "color"}, {"question": "q", "answer": "a", "kind": "color"}),
+    ("activitynet", "val1.jsonl", {"clip_name": "video7", "caption": "One. Two."},
+     {"text": "One. Two."})])
+def test_clipberts_rearranged_files_are_read_too(release, name, file, line, expected):
+    assert release(name, {file: jsonl(line)}, ["video7.mkv"])["test"] == [
+        {"video": "video7.mkv", **expected}]
+
+
+def test_msvd_is_split_by_the_numbers_of_its_mapping(release):
+    out = release("msvd", {"AllVideoDescriptions.txt": "# remark\n\na_b_1_2 a man, who sings\n"
+                           "a_b_1_2 a singer\nc_0_9 a dog\n",
+                           "youtube_mapping.txt": "a_b_1_2 vid1\nc_0_9 vid1301\n"},
+                  ["a_b_1_2.avi", "c_0_9.avi"])
+    assert out["train"] == [{"video": "a_b_1_2.avi", "texts": ["a man, who sings", "a singer"]}]
+    assert out["test"] == [{"video": "c_0_9.avi", "texts": ["a dog"]}]
+
+
+def test_tgif_tables_are_tab_separated_whatever_their_extension(release):  # Tab. 2a
+    action = ("gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey\n"
+              "tumblr_n_400\tdo what, 4 times ?\ta\tb\tc\td\te\t2\tACTION1\t5\n")
+    frame = ("gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\n"
+             "tumblr_n_400\thow many dogs ?\ttwo\t1\tFRAMEQA3\t25889\ttwo dogs .\n")
+    clips = ["gifs/tumblr_n_400.gif", "gifs/tumblr_n_400.mp4"]           # re-encoded: preferred
+    out = release("tgif_action", {f"{split}_action_question.csv": action
+                                  for split in ("Train", "Total")}, clips)
+    assert out == {"train": [{"video": clips[1], "question": "do what, 4 times ?",
+                              "options": list("abcde"), "answer": 2}]}
+    assert release("tgif_frameqa", {"Train_frameqa_question.csv": frame}, clips)["train"] == [
+        {"video": clips[1], "question": "how many dogs ?", "answer": "two", "kind": "number"}]
+
+
+def test_lsmdc_counts_test_answers_from_one_and_trains_on_the_first_option(release):  # Tab. 4b
+    clip = "3009_BATTLE_LOS_ANGELES_00.03.06.170-00.03.09.675"
+    row, clips = f'{clip}\t0\t1\t0\t1\t"Hi, SOMEONE', [f"3009_BATTLE_LOS_ANGELES/{clip}.avi"]
+    out = release("lsmdc_mc", {f"LSMDC16_multiple_choice_{split}.csv": f"{row}\tb\tc\td\te{end}"
+                               for split, end in (("train", ""), ("test_randomized", "\t5\n"),
+                                                  ("valid", f"\n{row}\tb\tc\td\te\n"))}, clips)
+    assert [out[split][0]["answer"] for split in ("train", "val", "test")] == [0, 0, 4]
+    assert len(out["val"]) == 2 and out["val"][1]["options"] == ['"Hi, SOMEONE', "b", "c", "d", "e"]
+    out = release("lsmdc", {"LSMDC16_challenge_1000_publictect.csv": f"{row}\n"}, clips)
+    assert out["test"] == [{"video": clips[0], "text": '"Hi, SOMEONE'}]
+
+
+def test_descriptions_of_a_video_become_one_paragraph(release):  # Tab. 3b, 3c
+    moments = [{"annotation_id": 1, "description": text, "video": video, "times": [[0, 0], [1, 4]]}
+               for video, text in (("1@N00_2.mov", "a cat"), ("4@N01_5.avi", "a dog"),
+                                   ("1@N00_2.mov", "it\njumps "))]
+    out = release("didemo", {"test_data.json": moments}, ["1@N00_2.mov.mp4", "4@N01_5.avi"])
+    assert out["test"] == [{"video": "1@N00_2.mov.mp4", "text": "a cat it jumps"},
+                           {"video": "4@N01_5.avi", "text": "a dog"}]
+    out = release("activitynet", {"val_1.json": {"v_QOl": {
+        "duration": 82.73, "timestamps": [[0.8, 19.9], [17.4, 60.8]],
+        "sentences": ["A woman dances.", " She turns."]}}, "val_2.json": {}}, ["QOl/000.jpg"])
+    assert out["test"] == [{"video": "QOl", "text": "A woman dances. She turns."}]   # of frames
+
+
+def test_vcr_words_boxes_and_both_tasks_agree_on_who_is_who(release):  # Tab. 5, Fig. 5
+    row = {"img_fn": "lsmdc_a/x@0.jpg", "metadata_fn": "lsmdc_a/x@0.json", "objects":
+           ["person", "person", "bottle", "dog"], "question": ["Why", "is", [2], "near", [1], "?"],
+           "answer_choices": [["He", "is"], [[3], "ran"], [[2], "ran"], ["no"]], "answer_label": 1,
+           "rationale_choices": [[[1, 2], "run"], ["a"], ["b"], ["c"]], "rationale_label": 0}
+    notes = {"val.jsonl": jsonl({**row, "img_fn": "gone.jpg"}, row), "../clips/lsmdc_a/x@0.json":
+             {"boxes": [[9 * i, 1, 9 * i + 5, 6, 0.99] for i in range(4)]}}
+    (answer,), (reason,) = (release(name, notes, [row["img_fn"]])["test"]
+                            for name in ("vcr_qa", "vcr_qar"))   # the same lines, for Q→AR
+    assert answer["question"] == "Why is bottle 0 near person 1 ?"
+    assert answer["options"] == ["He is", "dog 2 ran", "bottle 0 ran", "no"]
+    assert reason["question"] == "Why is bottle 0 near person 1 ? dog 2 ran"
+    assert reason["options"][reason["answer"]] == "person 1 bottle 0 run"
+    assert answer["boxes"] == reason["boxes"] == [
+        [0, 18, 1, 23, 6], [1, 9, 1, 14, 6], [2, 27, 1, 32, 6]]
+    assert (answer["answer"], answer["kind"], reason["kind"]) == (1, "Q→A", "QA→R")
+
+
+def test_actions_are_named_as_their_classes(release):  # Tab. 12
+    clips = ["brush_hair/a#1.avi", "brush_hair/b.avi", "-3B32lodo2M_000059_000069.mp4", "run/b.avi"]
+    out = release("kinetics400", {"train.csv": "label,youtube_id,time_start,time_end,split,is_cc\n"
+                                  '"arm wrestling",-3B32lodo2M,59,69,train,0\n'}, clips)
+    assert out["train"] == [{"video": clips[2], "answer": "arm wrestling"}]
+    out = release("hmdb51", {"brush_hair_test_split1.txt": "a#1.avi 1 \nb.avi 2 \nc.avi 0 \n",
+                             "brush_hair_test_split2.txt": "b.avi 1 \n",
+                             "run_test_split1.txt": "b.avi 2\n"}, clips)
+    assert out["train"] == [{"video": clips[0], "answer": "brush hair"}]
+    assert out["test"] == [{"video": clips[1], "answer": "brush hair"},  # one name in two folders
+                           {"video": clips[3], "answer": "run"}]
+
+
+def test_ego4d_questions_are_python_lists_in_cells(release):  # Tab. 13
+    row = """"['u-1', 300, ""#C C's pan""]","[['u-1', 1, 'cuts'], ['u-2', 2, ""#C C's pan""]]\""""
+    out = release("ego4d_mc", {"mc_val.csv": f"question,answers\n{row}\n"}, ["u-1.mp4"])
+    assert out["test"] == [{"video": "u-1.mp4", "start": 8, "end": 12,
+                            "options": ["cuts", "#C C's pan"], "answer": 1}]
+
+
+def test_a_held_out_share_of_the_training_videos_becomes_val(release):
+    lines = ["gif_name\tquestion\tanswer\ttype", *(f"g{i % 200}\tq\ta\t0" for i in range(400))]
+    out = release("tgif_frameqa", {"Train_frameqa_question.csv": "\n".join(lines)},
+                  [f"g{i}.gif" for i in range(200)], holdout=0.2)
+    train, val = ({sample["video"] for sample in out[split]} for split in ("train", "val"))
+    assert not train & val and len(train | val) == 200 and 20 < len(val) < 60
+
+
+@pytest.mark.parametrize("name, notes, message", [
+    ("imagenet", {}, "imagenet.*webvid, howto100m"),
+    ("didemo", {"readme.txt": ""}, "none of the 1 .*Tab. 3c"),
+    ("didemo", {"test_data.json": "[{"}, "test_data.json: damaged.*download"),
+    ("didemo", {"test_data.json": [{"video": "a"}]}, "test_data.json: not as published.*descript"),
+    ("didemo", {"val_data.json": [{"video": "a.mp4", "description": ""}]}, "no clip such as a.mp"),
+    ("vcr_qa", {"../out/train.jsonl": ""}, "lies in --out"),
+    ("webvid", {"results_2M_train.csv": "id,caption\n"}, "results_2M_train.csv.*expected.*videoid"),
+    ("msrvtt_9k", {"MSRVTT_data.json": sentences()}, "need MSRVTT_JSFUSION_test.csv")])
+def test_what_is_wrong_is_said_in_one_line(release, name, notes, message):
+    with pytest.raises(DataError, match=message) as error:
+        release(name, notes, ["x.mp4"])
+    assert "\n" not in str(error.value)
 
 
 # ---- Training (Sec. 4.1.2) ----------------------------------------------------------------------
