@@ -74,7 +74,6 @@ class Config:
     patch_order: str = "raster"      # "random": the release shuffles each frame on each pass
     distilled: bool = False          # a second token beside cls, as in distilled DeiT (release: S)
     vtc_dim: int = 512               # width of the shared space of VTC; release
-    answers: int = 0                 # classes of the question answering head; 0 for no such head
     dropout: float = 0.1             # release
     drop_path: float = 0.1           # at the last block, rising linearly from 0; release
     init_std: float = 0.02           # of random weights; ViT's, BERT's and the release's
@@ -238,7 +237,7 @@ class AllInOne(nn.Module):
     """The All-in-one Transformer (Fig. 2): video and text through the same L blocks.
 
     Three passes: `forward` (joint), `encode_video` and `encode_text` (unimodal, Sec. 3.3 VTC).
-    Heads are plain attributes: vtm_head, mlm_head, text_proj, video_proj, qa_head.
+    Heads are plain attributes: vtm_head, mlm_head, text_proj, video_proj.
     Weights are named as in timm's ViT and in BERT.
 
     video: (B, S, 3, H, W), uint8 pixels (RGB; normalised here, on the device) or floats already
@@ -287,8 +286,6 @@ class AllInOne(nn.Module):
         self.mlm_head = MLMHead(D, c.vocab_size)
         self.text_proj = nn.Linear(D, c.vtc_dim)
         self.video_proj = nn.Linear(D, c.vtc_dim)
-        if c.answers:                                                       # Sec. 4.2.1
-            self.qa_head = nn.Sequential(nn.Linear(D, 768), nn.GELU(), nn.Linear(768, c.answers))
 
         self.register_buffer("mean", torch.tensor(self.MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1), persistent=False)

@@ -95,15 +95,16 @@ def score_options(model: AllInOne, batch: dict) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: AllInOne, tokenizer: Tokenizer, task: str, data, device: torch.device,
+def evaluate(model: AllInOne, tokenizer: Tokenizer, data, device: torch.device,
              batch: int = 32, workers: int = 2) -> dict:
-    """Scores every sample of the manifests once, on any number of processes.
+    """Multiple choice (Sec. 4.2.3): scores every sample of the manifests once, on any world size.
 
     Returns {"samples": N, "unreadable": [...], "predictions": [{index, where, kind, ...}]}.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     manifest, c = Manifest(data), model.config
-    clips = Clips(manifest, tokenizer, task, c.frames, c.image_size, c.max_text_len, train=False)
+    clips = Clips(manifest, tokenizer, "choice", c.frames, c.image_size, c.max_text_len,
+                  train=False)
     mine = range(rank, len(clips), world)                  # no padding: nothing is scored twice
     keys = [list(mine[i:i + batch]) for i in range(0, len(mine), batch)]
     together = functools.partial(collate, tokenizer=tokenizer, max_text_len=c.max_text_len)
@@ -132,7 +133,7 @@ def evaluate(model: AllInOne, tokenizer: Tokenizer, task: str, data, device: tor
     return {"samples": len(clips), "unreadable": unreadable, "predictions": predictions}
 
 
-def report(result: dict, task: str, data, say=print) -> dict:
+def report(result: dict, data, say=print) -> dict:
     """Prints accuracy for each "kind" of sample beside chance; returns {kind: accuracy in %}.
 
     A score that lacks samples is called incomplete and the unreadable ones are named.
@@ -140,7 +141,7 @@ def report(result: dict, task: str, data, say=print) -> dict:
     kinds = {}
     for p in result["predictions"]:
         kinds.setdefault(p["kind"] or "all", []).append(p)
-    say(f"\n{task} on {', '.join(map(str, data))}")
+    say(f"\nmultiple choice on {', '.join(map(str, data))}")
     say(f"{'kind':<14}{'accuracy %':>12}{'chance %':>10}{'clips':>8}")
     accuracy = {}
     for kind, ps in kinds.items():
@@ -281,8 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.data or not args.checkpoint:
         parser.error(f"--task {args.task} needs --data MANIFEST and --checkpoint FILE")
     model, tokenizer, _ = load_model(args.checkpoint, args.vocab, **given)
-    result = evaluate(model, tokenizer, args.task, args.data, device, args.batch, args.workers)
-    report(result, args.task, args.data)
+    report(evaluate(model, tokenizer, args.data, device, args.batch, args.workers), args.data)
 
 
 if __name__ == "__main__":

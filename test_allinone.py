@@ -5,7 +5,9 @@ Order: model and rolling (Sec. 3.1, 3.2), objectives (3.3), release, weights, da
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import math
 import os
@@ -29,6 +31,7 @@ import pytest
 import torch
 
 import data
+import eval
 import train
 from allinone import (CHOICES, VARIANTS, AllInOne, Config, channel_shift, load_release, load_vit,
                       mlm_loss, token_rolling, vtc_loss, vtm_loss,
@@ -1489,14 +1492,29 @@ TINY_RUN = ("--width 32 --depth 2 --heads 2 --image_size 32 --vocab train --batc
             "--lr 1e-3 --steps 12 --save_every 2 --log_every 1").split()
 
 
-def run(*arguments, processes=1, wait=True, **environment):
+def run(module, *arguments) -> tuple[int, str, str]:
+    """(exit code, output, error) of a command line of the project, in this process for speed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            module.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except (ValueError, OSError) as error:     # what the last lines of train.py, eval.py catch
+            code = 1
+            print(error, file=err)
+    return code, out.getvalue(), err.getvalue()
+
+
+def start(*arguments, processes=1, wait=True):
     """A command line of the project in its own process, or several under torchrun."""
-    start = [sys.executable] if processes == 1 else [
+    python = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen([*start, *map(str, arguments)], cwd=HERE, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*python, *map(str, arguments)], cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if not wait:
         return process
     out, err = process.communicate(timeout=170)
@@ -1504,8 +1522,13 @@ def run(*arguments, processes=1, wait=True, **environment):
 
 
 def pretrain(clips, out, *flags, **options):
-    return run("train.py", "--task", "pretrain", "--data", clips / "train.jsonl", "--out", out,
-               *TINY_RUN, *flags, **options)
+    return start("train.py", "--task", "pretrain", "--data", clips / "train.jsonl", "--out", out,
+                 *TINY_RUN, *flags, **options)
+
+
+def pretrain_here(clips, out, *flags):
+    return run(train, "--task", "pretrain", "--data", clips / "train.jsonl", "--out", out,
+               *TINY_RUN, *flags)
 
 
 def finished(out) -> tuple[dict, list]:
@@ -1605,14 +1628,14 @@ def test_two_processes_equal_one(one, many, processes, clips, tmp_path):
 
 def test_a_run_folder_of_another_run_is_refused_and_can_be_set_aside(clips, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
-    code, _, err = pretrain(clips, tmp_path / "run", "--lr", "5e-4")
+    code, _, err = pretrain_here(clips, tmp_path / "run", "--lr", "5e-4")
     assert code == 1 and "lr was 0.001, now 0.0005" in err and "Traceback" not in err
-    code, _, err = pretrain(clips, tmp_path / "run", "--lr", "5e-4", "--no-resume")
+    code, _, err = pretrain_here(clips, tmp_path / "run", "--lr", "5e-4", "--no-resume")
     assert code == 0 and (tmp_path / "run" / "checkpoint.pt.previous").exists(), err
 
 
 def test_a_non_finite_loss_stops_before_the_step_and_names_the_samples(clips, tmp_path):
-    code, _, err = pretrain(clips, tmp_path / "run", "--lr", "1e38", "--save_every", "1")
+    code, _, err = pretrain_here(clips, tmp_path / "run", "--lr", "1e38", "--save_every", "1")
     assert code == 1 and re.search(r"step \d+: .*(mlm|vtm|grad_norm).* not finite", err), err
     assert "train.jsonl:" in err
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -1638,10 +1661,56 @@ def test_vtm_labels_say_whose_video_a_text_meets(clips):
 def test_a_checkpoint_is_plain_and_scores_without_any_other_file(clips, whole_run):
     content = torch.load(whole_run / "checkpoint.pt", weights_only=True)
     assert content["config"]["lr"] == 1e-3 and content["sizes"]["width"] == 32
-    scores = [run("eval.py", "--task", "choice", "--data", clips / "choice.jsonl", "--checkpoint",
+    scores = [run(eval, "--task", "choice", "--data", clips / "choice.jsonl", "--checkpoint",
                   whole_run / "checkpoint.pt", "--workers", "0") for _ in range(2)]
     assert scores[0] == scores[1]                                            # twice the same number
     assert scores[0][0] == 0 and re.search(r"order +\d+\.\d +50\.0 +24", scores[0][1]), scores[0]
+
+
+def test_unreadable_clips_are_never_replaced_in_evaluation_and_stop_training_above_1_in_10(
+        clips, whole_run, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"not a film")
+    lines = (clips / "choice.jsonl").read_text().splitlines()
+    lines = [line.replace('"video": "', f'"video": "{clips}/') for line in lines[:6]]
+    broken = [line.replace(f"{clips}/", f"{tmp_path}/broken.mp4") for line in lines[:2]]
+    broken = [re.sub(r"broken.mp4[^\"]*", "broken.mp4", line) for line in broken]
+    (tmp_path / "choice.jsonl").write_text("\n".join(lines + broken) + "\n")
+    code, out, err = run(eval, "--task", "choice", "--data", tmp_path / "choice.jsonl",
+                         "--checkpoint", whole_run / "checkpoint.pt", "--workers", "0")
+    assert code == 0 and re.search(r"order .* 6\n", out), err
+    assert "INCOMPLETE: 2 of 8 samples" in out and out.count("broken.mp4") == 2
+    code, out, err = run(train, "--task", "choice", "--data", tmp_path / "choice.jsonl",
+                         "--out", tmp_path / "run", "--init", whole_run / "checkpoint.pt",
+                         "--batch", "8", "--epochs", "50", "--workers", "0")
+    assert code == 1 and "above 1 in 10" in err and "broken.mp4" in err, err
+    assert '"unreadable": ["' in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_the_choice_head_starts_as_the_pretrained_vtm_head(clips, whole_run, tmp_path):
+    questions = clips / "choice.jsonl"                                       # Sec. 4.2.3
+    code, out, err = run(train, "--task", "choice", "--data", questions, "--val", questions,
+                         "--out", tmp_path / "run", "--init", whole_run / "checkpoint.pt",
+                         "--batch", "8", "--epochs", "1", "--lr", "0", "--workers", "0")
+    assert code == 0 and "choice_accuracy" in out, err
+    (tuned, _), (pretrained, _) = finished(tmp_path / "run"), finished(whole_run)
+    assert equal(tuned["model"]["vtm_head.weight"], pretrained["model"]["vtm_head.weight"])
+    scored = run(eval, "--task", "choice", "--data", clips / "choice.jsonl", "--checkpoint",
+                 whole_run / "checkpoint.pt", "--workers", "0")[1]
+    assert re.search(r"order.*", out)[0] == re.search(r"order.*", scored)[0]
+
+
+def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tmp_path):
+    draw, events = random.Random(7), set()
+    while events != {"light", "motion"}:
+        toy_clip = data._toy_clip(draw)
+        twin = toy_clip.twin()
+        events.add(toy_clip.event)
+        assert toy_clip.caption() != twin.caption()                          # the other answer
+        both = []
+        for name, one in (("a", toy_clip), ("b", twin)):
+            data.write_clip(tmp_path / f"{name}.mp4", data.toy_frames(one), 4, data.TOY_X264)
+            both.append(decode(tmp_path / f"{name}.mp4", lambda n: list(range(n))))
+        assert torch.equal(both[0], both[1].flip(0))   # from the files
 
 
 @pytest.mark.parametrize("flags, code, message", [
@@ -1656,5 +1725,5 @@ def test_a_checkpoint_is_plain_and_scores_without_any_other_file(clips, whole_ru
 ])
 def test_wrong_flags_and_files_say_in_one_line_what_to_do(flags, code, message, clips, tmp_path):
     flags = [flag.format(clips=clips) for flag in flags]
-    returned, out, err = run("train.py", *flags, "--out", tmp_path / "run")
-    assert returned == code and message in err and "Traceback" not in err, err
+    returned, out, err = run(train, *flags, "--out", tmp_path / "run")
+    assert returned == code and message in err, err

@@ -11,7 +11,6 @@ a run that was killed and is started again by the same command ends with the sam
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import functools
 import json
@@ -60,8 +59,6 @@ class TrainConfig:
     weight_decay: float = 1e-2            # on matrices and tables, not biases and norms (release)
     beta2: float = 0.999                  # torch's; the paper is silent (release: 0.98)
     whole_word_masking: bool = False      # release
-    false_texts: int = 15                 # drawn false captions of VTM ranking (retrieval; release)
-    top_answers: int = 1500               # classes of question answering: the commonest in training
     rand_augment: bool = False            # torchvision's RandAugment
     flip: bool = False                    # horizontal, never where words say left or right
     precision: str = "auto"               # fp16 (paper), bf16, fp32; auto: bf16 where a GPU has it
@@ -77,9 +74,7 @@ class TrainConfig:
 
 TASKS = {  # what Sec. 4.1.2 changes for a task; fine-tuning is 20 epochs of batch 256
     "pretrain": dict(),
-    "choice": dict(objectives=("choice",), epochs=20, batch=256),
-    "qa": dict(objectives=("qa",), epochs=20, batch=256),
-    "retrieval": dict(objectives=("vtc", "vtm"), epochs=20, batch=256),
+    "choice": dict(objectives=("choice",), epochs=20, batch=256, warmup=0.1),   # Sec. 4.2.3
 }
 
 RECIPES = {  # --recipe release: what the authors' code does and the paper does not say
@@ -99,7 +94,7 @@ WEIGHTS = {"wpa": 0.1}                    # release; every other term counts onc
 
 HEADS = {  # what each objective trains; other heads are frozen, so DDP waits for no gradient
     "vtm": ("pooler", "vtm_head"), "mlm": ("mlm_head",), "vtc": ("text_proj", "video_proj"),
-    "wpa": (), "choice": ("pooler", "vtm_head"), "qa": ("pooler", "qa_head"),
+    "wpa": (), "choice": ("pooler", "vtm_head"),
 }
 
 
@@ -122,7 +117,7 @@ class Objectives(nn.Module):
     def forward(self, batch: dict, words: Tensor) -> tuple[dict, dict]:
         """words: masked words per process and micro-batch, averaged over all: MLM's divisor."""
         losses, counts = {}, {}
-        if "mlm" in self.objectives or "vtm" in self.objectives and "vtm_source" in batch:
+        if "mlm" in self.objectives or "vtm" in self.objectives:
             self._pretrain(batch, words, losses, counts)
         if "vtc" in self.objectives:
             text, video = self.unimodal(batch)
@@ -131,13 +126,6 @@ class Objectives(nn.Module):
             scores = score_options(self.model, batch)                     # (B, O)
             losses["choice"] = F.cross_entropy(scores.float(), batch["label"])
             counts["choice"] = count_right(scores, batch["label"])
-        if "qa" in self.objectives:
-            features = self.model(batch["video"], batch["text_ids"], batch["text_mask"])
-            scores = self.model.qa_head(features.pooled)                  # (B, answers)
-            known = batch["label"] >= 0
-            loss = F.cross_entropy(scores.float(), batch["label"], ignore_index=-1, reduction="sum")
-            losses["qa"] = loss / known.sum().clamp(min=1)
-            counts["qa"] = count_right(scores, batch["label"])
         return losses, counts
 
     def _pretrain(self, batch: dict, words: Tensor, losses: dict, counts: dict) -> None:
@@ -205,16 +193,13 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
     add_flags(parser, TrainConfig, {"task": TASKS, "precision": PRECISIONS})
     add_flags(parser, Config, CHOICES)
     given = given_flags(parser, argv)
-    values = {**TASKS[given.get("task", "pretrain")], **RECIPES[given.pop("recipe")]}
-    if not given.get("data"):
-        values |= PROOF
-        if given.get("task", "pretrain") != "pretrain":
-            values |= dict(epochs=0, steps=300)
-    values |= given
+    recipe, task = RECIPES[given.pop("recipe")], given.get("task", "pretrain")
+    proof = {} if given.get("data") else PROOF if task == "pretrain" else {**PROOF, "epochs": 4}
+    values = {**recipe, **TASKS[task], **proof, **given}
     values = {**VARIANTS[values.pop("variant", "B")], **values}
     fields = Config.__dataclass_fields__
     sizes = {k: v for k, v in values.items() if k in fields}
-    given = {k: v for k, v in given.items() if k in fields}
+    given = {k: v for k, v in {**recipe, **given}.items() if k in fields}
     config = TrainConfig(**{k: v for k, v in values.items() if k not in fields})
     if unknown := [name for name in config.objectives if name not in HEADS]:
         raise DataError(f"--objectives {unknown[0]}: can be {', '.join(HEADS)}")
@@ -333,12 +318,6 @@ def captions(manifest: Manifest):
         yield from (text for _, _, text in sample.get("captions", []))
 
 
-def common_answers(manifest: Manifest, most: int) -> list[str]:
-    """Classes of open-ended QA (Sec. 4.2.1): the commonest answers, ties by appearance."""
-    tally = collections.Counter(manifest[i].get("answer") for i in range(len(manifest)))
-    return [answer for answer, _ in tally.most_common(most)]
-
-
 def precision(name: str, device: torch.device) -> torch.dtype:
     """The autocast type: the paper trains in fp16 [28]; bf16 needs no loss scaling."""
     if name == "auto":
@@ -447,9 +426,8 @@ def build(config: TrainConfig, sizes: dict, given: dict, tokenizer: Tokenizer | 
 
     sizes: Config's fields for a new model; given: those the user named, laid over a checkpoint's.
     """
-    answers = {"answers": sizes["answers"]} if sizes.get("answers") else {}
     if config.init != "scratch" and kind_of_weights(config.init) != "vit":
-        model, own, _ = load_model(config.init, vocab=config.vocab, say=say, **given, **answers)
+        model, own, _ = load_model(config.init, vocab=config.vocab, say=say, **given)
         return model, own
     model = AllInOne(Config(**{**sizes, "vocab_size": tokenizer.vocab_size}))
     if config.init != "scratch":
@@ -478,25 +456,21 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             toy()
         if world > 1:
             dist.barrier()
-        name = "" if config.task in ("pretrain", "retrieval") else f"{config.task}_"
-        scored = "choice_" if config.task == "pretrain" else name
+        name = "" if config.task == "pretrain" else f"{config.task}_"
         config = replace(config, data=(f"data/toy/{name}train.jsonl",),
-                         val=config.val or (f"data/toy/{scored}test.jsonl",))
+                         val=config.val or ("data/toy/choice_test.jsonl",))
     manifest = Manifest(config.data)
     tokenizer = None
     if config.init == "scratch" or kind_of_weights(config.init) == "vit":
         tokenizer = (Tokenizer.train(captions(manifest), 30522) if config.vocab == "train"
                      else Tokenizer.load(config.vocab))
-    answers = common_answers(manifest, config.top_answers) if config.task == "qa" else None
-    if answers:
-        sizes["answers"] = len(answers)
     torch.manual_seed(config.seed)
     model, tokenizer = build(config, sizes, given, tokenizer, say)
     model.recompute = config.activation_checkpointing
     c = model.config
     clips = Clips(manifest, tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
                   train=True, seed=config.seed, rand_augment=config.rand_augment, flip=config.flip,
-                  whole_word_masking=config.whole_word_masking, answers=answers)
+                  whole_word_masking=config.whole_word_masking)
     batch, size, accumulate = split_batch(config, world)
     steps = config.epochs * math.ceil(len(clips) / batch) if config.epochs else config.steps
 
@@ -531,8 +505,7 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             save(folder / "checkpoint.pt", {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "state": state, "step": state["step"],
-                "config": about["config"], "sizes": asdict(c), "tokenizer": tokenizer.to_json(),
-                "answers": answers})
+                "config": about["config"], "sizes": asdict(c), "tokenizer": tokenizer.to_json()})
 
     wrapped = objectives
     if config.compile:
@@ -605,10 +578,9 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             say(f"\nstopped by SIGTERM after step {step + 1}; the same command goes on from here")
             return
     if config.val:
-        task = "choice" if config.task == "pretrain" else config.task
-        result = evaluate(model, tokenizer, task, config.val, device, workers=config.workers)
+        result = evaluate(model, tokenizer, config.val, device, workers=config.workers)
         if rank == 0:
-            meter.note(result=report(result, task, config.val, say))
+            meter.note(result=report(result, config.val, say))
 
 
 def main(argv: list[str] | None = None) -> None:
