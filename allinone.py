@@ -1,25 +1,24 @@
 """All in One: one transformer for raw video patches and words, in one file (CVPR 2023).
 
-Needs torch and the standard library only: copying this file is the whole installation.
-It reads in the paper's order: sizes (Tab. 1), token rolling (Sec. 3.2), attention and block
-(Eq. 2), the model (Eq. 1, Eq. 2, consensus), objectives (Sec. 3.3), loading of weights, and the
-factorised attentions of App. B.1 last.
+Needs torch and the standard library only: copying this file is the whole installation. Order, the
+paper's: sizes (Tab. 1), block (Eq. 2), model (Eq. 1, Eq. 2, consensus), token rolling (Sec. 3.2),
+objectives (Sec. 3.3), loading of weights, factorised attention (App. B.1).
 
     model = AllInOne(Config())                                 # All-in-one-B, randomly initialised
     features = model(video, text_ids, text_mask)               # Features, below
     matched = model.vtm_head(features.pooled).softmax(-1)[:, 1]
 
-Notation (the paper uses P and N twice each, so these are ours):
+Notation (the paper uses P and V twice each, so these are ours):
     B clips    S frames of a clip    m text tokens    P patch side in pixels    n = HW/P^2 patches
     D width    L blocks    |V| words in the vocabulary
 Rows: where a tensor has B*S rows, the S frames of a clip are adjacent (row = b*S + s).
 A joint row, one frame and its copy of the text: [text cls, m-1 text tokens, video cls, n patches].
-
 "Release" names the authors' code, which decides where the paper is silent; each such place says so.
 """
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 # ---- Sizes and choices ------------------------------------------------------------------------
 
-VARIANTS = {  # Tab. 1; L from App. A; nano is ours, for two CPU cores
+VARIANTS = {  # Tab. 1; L is named in App. A, its sizes are ViT-L's; nano is ours, for two CPU cores
     "nano": dict(width=64, depth=4, heads=2, init_std=0.1),  # 0.02 is too small to start from here
     "Ti": dict(width=192, depth=12, heads=3),
     "S": dict(width=384, depth=12, heads=6),
@@ -38,7 +37,7 @@ VARIANTS = {  # Tab. 1; L from App. A; nano is ours, for two CPU cores
     "L": dict(width=1024, depth=24, heads=16),
 }
 
-CHOICES = {  # what the word-valued fields of Config may say
+CHOICES = {  # the words a field of Config may say: Tab. 8a and 9, Sec. 3.2, Tab. 11b, release
     "temporal": ("token_rolling", "time_average", "channel_shift", "flatten", "timesformer",
                  "decoupled"),
     "roll": ("paper", "release"),
@@ -51,7 +50,7 @@ CHOICES = {  # what the word-valued fields of Config may say
 class Config:
     """Everything that shapes the model; the defaults are All-in-one-B (Tab. 1).
 
-    Raises ValueError for a word that is not one of CHOICES and for sizes that do not divide.
+    Raises ValueError for words that are not in CHOICES and sizes that cannot be.
     """
 
     width: int = 768                 # D, Tab. 1
@@ -68,8 +67,8 @@ class Config:
     roll_start: int = 1              # first block that rolls, counted from 1; Tab. 11a
     roll_select: str = "block"       # Tab. 11b
     roll_unimodal: bool = True       # Eq. 2 rolls in every pass; the release only in the joint one
-    spatial_position: bool = True    # Tab. 10, SPE (both positions off is its first row)
-    temporal_position: bool = True   # Tab. 10, SPE
+    spatial_position: bool = True    # Tab. 10, SPE: this field and the next
+    temporal_position: bool = True
     modality_type: bool = True       # Tab. 10, MTE
     patch_order: str = "raster"      # "random": the release shuffles each frame on each pass
     distilled: bool = False          # a second token beside cls, as in distilled DeiT (release: S)
@@ -83,6 +82,13 @@ class Config:
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be "
                                  f"{', '.join(map(repr, allowed))}")
+        if self.roll == "release" and self.roll_select != "block":
+            raise ValueError(f"roll 'release' rolls blocks; roll_select {self.roll_select!r} needs "
+                             "roll 'paper'")
+        for field in ("width", "depth", "heads", "frames", "image_size", "patch_size", "vocab_size",
+                      "max_text_len", "roll_start"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be 1 or more")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.image_size % self.patch_size:
@@ -95,60 +101,6 @@ class Config:
     def patches(self) -> int:
         """n, the patches of one frame: 196 at 224 px (Sec. 4.1.1)."""
         return (self.image_size // self.patch_size) ** 2
-
-
-# ---- Temporal modelling without parameters (Sec. 3.2, Tab. 8a) ----------------------------------
-
-def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, first: int = 1,
-                  roll: str = "paper", select: str = "block", layer: int = 1) -> Tensor:
-    """TTR of Eq. 2, Fig. 2b: some patches move to the next frame, the last frame's to the first.
-
-    tokens: (B*S, first + n, D); the `first` leading tokens (text, cls) never move.
-    ratio: share of the n patches that move, round(ratio * n) of them; Tab. 8b is best at 0.25.
-    roll: "paper" moves them one frame forward (Sec. 3.2, "roll parts of the token by 1").
-        "release" moves floor(ratio/2 * n) leading ones forward and as many trailing ones backward.
-    select: which patches move forward (App. C.2, Tab. 11b): one "block", "random" ones (drawn anew
-        on each call), or a block "varying" with layer = 1..L. Only "block" has a "release" reading.
-    Returns the same shape. A permutation: no parameters, and sums over the frames do not change.
-    Raises ValueError if the rows are not whole clips.
-    """
-    if tokens.shape[0] % frames:
-        raise ValueError(f"{tokens.shape[0]} rows are not whole clips of {frames} frames; rows are "
-                         "B*S with the frames of a clip adjacent")
-    n = tokens.shape[1] - first
-    k = round(ratio * n)
-    if roll == "release":
-        each_way = int(ratio / 2 * n)
-        moves = [(slice(first, first + each_way), +1),
-                 (slice(first + n - each_way, first + n), -1)]
-    elif select == "random":
-        moves = [(first + torch.randperm(n, device=tokens.device)[:k], +1)]
-    elif select == "varying":
-        block = torch.arange(k, device=tokens.device) + (layer - 1) * k
-        moves = [(first + block % n, +1)]
-    else:
-        moves = [(slice(first, first + k), +1)]
-    clips = tokens.unflatten(0, (-1, frames))                      # (B, S, first+n, D)
-    rolled = clips.clone()
-    for slots, step in moves:
-        rolled[:, :, slots] = clips[:, :, slots].roll(step, dims=1)
-    return rolled.flatten(0, 1)                                    # (B*S, first+n, D)
-
-
-def channel_shift(tokens: Tensor, frames: int) -> Tensor:
-    """Channel Shift of Tab. 8a: an eighth of D comes from the next frame, an eighth from the last.
-
-    tokens: (B*S, 1+n, D), video only. Returns the same shape. The ends are filled with zeros and
-    the class token is shifted too, as in the release.
-    """
-    clips = tokens.unflatten(0, (-1, frames))                      # (B, S, 1+n, D)
-    c = tokens.shape[-1] // 8
-    shifted = clips.clone()
-    shifted[:, :-1, :, :c] = clips[:, 1:, :, :c]
-    shifted[:, -1, :, :c] = 0
-    shifted[:, 1:, :, c:2 * c] = clips[:, :-1, :, c:2 * c]
-    shifted[:, 0, :, c:2 * c] = 0
-    return shifted.flatten(0, 1)                                   # (B*S, 1+n, D)
 
 
 # ---- The block (Eq. 2; ViT's, pre-norm with residuals, which the equation leaves out) ------------
@@ -345,7 +297,7 @@ class AllInOne(nn.Module):
 
     def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None = None,
                 patch_order: Tensor | None = None) -> Features:
-        """Joint pass. Shapes as in the class; returns Features."""
+        """Joint pass (Sec. 3.1). Shapes as in the class; returns Features."""
         return self.fuse(self.embed_video(video, patch_order), self.embed_text(text_ids), text_mask)
 
     def fuse(self, video: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Features:
@@ -406,6 +358,60 @@ class AllInOne(nn.Module):
         return self.norm(z)
 
 
+# ---- Temporal modelling without parameters (Sec. 3.2, Tab. 8a) ----------------------------------
+
+def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, first: int = 1,
+                  roll: str = "paper", select: str = "block", layer: int = 1) -> Tensor:
+    """TTR of Eq. 2, Fig. 2b: some patches move to the next frame, the last frame's to the first.
+
+    tokens: (B*S, first + n, D); the `first` leading tokens (text, cls) never move.
+    ratio: share of the n patches that move, round(ratio * n) of them; Tab. 8b is best at 0.25.
+    roll: "paper" moves them one frame forward (Sec. 3.2, "roll parts of the token by 1").
+        "release" moves floor(ratio/2 * n) leading ones forward and as many trailing ones backward.
+    select: which patches move forward (App. C.2, Tab. 11b): one "block", "random" ones (drawn anew
+        on each call), or a block "varying" with layer = 1..L. Only "block" has a "release" reading.
+    Returns the same shape. A permutation: no parameters, and sums over the frames do not change.
+    Raises ValueError if the rows are not whole clips.
+    """
+    if tokens.shape[0] % frames:
+        raise ValueError(f"{tokens.shape[0]} rows are not whole clips of {frames} frames; rows are "
+                         "B*S with the frames of a clip adjacent")
+    n = tokens.shape[1] - first
+    k = round(ratio * n)
+    if roll == "release":
+        each_way = int(ratio / 2 * n)
+        moves = [(slice(first, first + each_way), +1),
+                 (slice(first + n - each_way, first + n), -1)]
+    elif select == "random":
+        moves = [(first + torch.randperm(n, device=tokens.device)[:k], +1)]
+    elif select == "varying":
+        block = torch.arange(k, device=tokens.device) + (layer - 1) * k
+        moves = [(first + block % n, +1)]
+    else:
+        moves = [(slice(first, first + k), +1)]
+    clips = tokens.unflatten(0, (-1, frames))                      # (B, S, first+n, D)
+    rolled = clips.clone()
+    for slots, step in moves:
+        rolled[:, :, slots] = clips[:, :, slots].roll(step, dims=1)
+    return rolled.flatten(0, 1)                                    # (B*S, first+n, D)
+
+
+def channel_shift(tokens: Tensor, frames: int) -> Tensor:
+    """Channel Shift of Tab. 8a [23]: an eighth of D from the next frame, one from the frame before.
+
+    tokens: (B*S, 1+n, D), video only. Returns the same shape. The ends are filled with zeros and
+    the class token is shifted too, as in the release.
+    """
+    clips = tokens.unflatten(0, (-1, frames))                      # (B, S, 1+n, D)
+    c = tokens.shape[-1] // 8
+    shifted = clips.clone()
+    shifted[:, :-1, :, :c] = clips[:, 1:, :, :c]
+    shifted[:, -1, :, :c] = 0
+    shifted[:, 1:, :, c:2 * c] = clips[:, :-1, :, c:2 * c]
+    shifted[:, 0, :, c:2 * c] = 0
+    return shifted.flatten(0, 1)                                   # (B*S, 1+n, D)
+
+
 # ---- Objectives (Sec. 3.3): pure functions, each computed in float32 -----------------------------
 
 def vtm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -431,36 +437,37 @@ def vtc_loss(text: Tensor, video: Tensor, temperature: float = 0.05) -> Tensor:
     Symmetric: text-to-video plus video-to-text over cosine similarities. The temperature and the
     sum (not the mean) of both directions are the release's.
     """
-    text, video = F.normalize(text.float(), dim=-1), F.normalize(video.float(), dim=-1)
-    logits = text @ video.T / temperature                          # (B, B)
+    with torch.autocast(text.device.type, enabled=False):          # or @ would be in half precision
+        text, video = F.normalize(text.float(), dim=-1), F.normalize(video.float(), dim=-1)
+        logits = text @ video.T / temperature                      # (B, B)
     pairs = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)
 
 
 def word_patch_distance(text: Tensor, patches: Tensor, text_mask: Tensor, beta: float = 0.5,
                         steps: int = 50) -> Tensor:
-    """Optimal-transport distance of words and patches, (B,); release only (Fig. 6 draws its plan).
+    """Optimal-transport distance of words and patches, (B,): the release's, IPOT [39] (Sec. 4.6).
 
     text: (B, m, D), patches: (B, n, D), without cls tokens; text_mask: (B, m) bool, as the text's.
-    [CLS], the last real token ([SEP]) and padding take no part. IPOT [39] with 1 inner step; the
-    plan gets no gradient.
+    [CLS], the last real token ([SEP]) and padding take no part. The plan gets no gradient.
     """
     words = text_mask.clone()
     words[:, 0] = False
     words.scatter_(1, text_mask.sum(1, keepdim=True) - 1, False)   # (B, m), without [SEP]
-    text = F.normalize(text.float(), dim=-1, eps=1e-5)
-    patches = F.normalize(patches.float(), dim=-1, eps=1e-5)
-    cost = (1 - text @ patches.mT) * words[:, :, None]             # (B, m, n)
-    with torch.no_grad():
-        n, m = patches.shape[1], words.sum(1, keepdim=True).clamp(min=1)
-        kernel = torch.exp(-cost.mT / beta) * words[:, None]       # (B, n, m)
-        plan, sigma = torch.ones_like(kernel), words / m           # (B, n, m), (B, m)
-        for _ in range(steps):
-            plan = kernel * plan
-            delta = 1 / (n * (plan @ sigma[:, :, None])).clamp(min=1e-12)   # (B, n, 1)
-            sigma = words / (m * (plan * delta).sum(1)).clamp(min=1e-12)    # (B, m)
-            plan = delta * plan * sigma[:, None]
-    return (cost * plan.mT).sum((1, 2))
+    with torch.autocast(text.device.type, enabled=False):
+        text = F.normalize(text.float(), dim=-1, eps=1e-5)
+        patches = F.normalize(patches.float(), dim=-1, eps=1e-5)
+        cost = (1 - text @ patches.mT) * words[:, :, None]         # (B, m, n)
+        with torch.no_grad():
+            n, m = patches.shape[1], words.sum(1, keepdim=True).clamp(min=1)
+            kernel = torch.exp(-cost.mT / beta) * words[:, None]   # (B, n, m)
+            plan, sigma = torch.ones_like(kernel), words / m       # (B, n, m), (B, m)
+            for _ in range(steps):
+                plan = kernel * plan
+                delta = 1 / (n * (plan @ sigma[:, :, None])).clamp(min=1e-12)   # (B, n, 1)
+                sigma = words / (m * (plan * delta).sum(1)).clamp(min=1e-12)    # (B, m)
+                plan = delta * plan * sigma[:, None]
+        return (cost * plan.mT).sum((1, 2))
 
 
 def word_patch_alignment_loss(distance: Tensor, labels: Tensor) -> Tensor:
@@ -483,35 +490,55 @@ def initialise(model: AllInOne) -> None:
         extra.initialise()
 
 
+class Inert(dict):
+    """Stands in read_weights for every foreign class and function: takes anything, does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return Inert()
+
+    def __hash__(self):
+        return id(self)
+
+    append = extend = add = __call__
+
+
+class SafePickle:
+    """What torch.load takes for the pickle module: rebuilds tensors and calls nothing else."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            tensors = {("collections", "OrderedDict"), ("torch", "Size"),
+                       ("torch._utils", "_rebuild_tensor_v2"),
+                       ("torch._utils", "_rebuild_parameter")}
+            storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+            if storage or (module, name) in tensors:
+                return super().find_class(module, name)
+            return Inert
+
+    @staticmethod
+    def load(file, **options):
+        return SafePickle.Unpickler(file, **options).load()
+
+
 def read_weights(path) -> dict:
-    """Opens a file of torch.save as plain tensors and types, executing nothing that it pickles.
+    """A file of torch.save as tensors and plain types; nothing that it pickles is executed.
 
-    Objects of foreign classes (Lightning's, say) become inert placeholders.
-    Raises ValueError for a file that is not a checkpoint or that names a function torch blocks.
+    Objects of other classes (Lightning's, say) become Inert.
+    Raises ValueError for a file that is no dictionary of weights.
     """
-    class Inert:
-        def __new__(cls, *args, **kwargs):
-            return super().__new__(cls)
-
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def __setstate__(self, state):
-            pass
-
     try:
-        # only zip files (torch >= 1.6) can be asked which classes they name
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(f"{path}: not a file of weights that can be read safely "
-                         f"({reason[0] if reason else type(error).__name__})") from error
+    except Exception as error:             # whatever a damaged or foreign file makes torch raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a file of weights, or damaged ({reason})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -520,7 +547,7 @@ def read_weights(path) -> dict:
 def fit_table(name: str, table: Tensor, like: Tensor, specials: int = 1) -> Tensor:
     """A table of positions cut or grown to the shape of `like`; other tensors are returned.
 
-    pos_embed (1, specials+n, D): the grid of patches is interpolated (Tab. 2a: 224 -> 384 px).
+    pos_embed (1, specials+n, D): the grid is interpolated, as timm does (Tab. 2a: 224 -> 384 px).
     temporal_embed (1, S, D): the first rows; missing ones are 0 (release).
     position_embeddings (m, D) of text: the first rows; missing ones keep `like`'s values.
     """
@@ -528,6 +555,8 @@ def fit_table(name: str, table: Tensor, like: Tensor, specials: int = 1) -> Tens
         return table
     if name == "pos_embed":
         old, new = (round((t.shape[1] - specials) ** 0.5) for t in (table, like))
+        if old * old != table.shape[1] - specials:
+            return table                                           # no square: load_weights says so
         grid = table[:, specials:].mT.unflatten(-1, (old, old)).float()
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
         return torch.cat([table[:, :specials], grid.flatten(2).mT.to(table.dtype)], 1)
@@ -549,7 +578,7 @@ def load_weights(model: AllInOne, weights: dict, source: str) -> dict[str, list[
     report = {"loaded": [], "resized": [], "initialised": [k for k in own if k not in weights],
               "ignored": [k for k in weights if k not in own]}
     fitted, wrong = {}, []
-    for name in own.keys() & weights.keys():
+    for name in [name for name in own if name in weights]:
         fitted[name] = fit_table(name, weights[name], own[name], model.specials)
         if fitted[name].shape != own[name].shape:
             wrong.append(f"{name} {tuple(weights[name].shape)}, here {tuple(own[name].shape)}")
@@ -572,9 +601,10 @@ def load_vit(model: AllInOne, path) -> dict[str, list[str]]:
     weights = weights.get("model", weights)                        # DeiT wraps them
     heads = ("head.", "head_dist.", "pre_logits.")
     weights = {k: v for k, v in weights.items() if not k.startswith(heads)}
-    names = ("cls_token", "dist_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-    backbone = {k for k in model.state_dict() if k.startswith(names)}
-    unknown, missing = sorted(weights.keys() - backbone), sorted(backbone - weights.keys())
+    report = load_weights(model, weights, str(path))
+    backbone = ("cls_token", "dist_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+    unknown = report["ignored"]
+    missing = [name for name in report["initialised"] if name.startswith(backbone)]
     if "dist_token" in unknown:
         raise ValueError(f"{path}: a distilled DeiT has a second class token: add --distilled")
     if unknown or missing:
@@ -582,11 +612,19 @@ def load_vit(model: AllInOne, path) -> dict[str, list[str]]:
             f"{path}: not the backbone of this model: {len(unknown)} unknown tensors "
             f"({', '.join(unknown[:3])}), {len(missing)} missing ({', '.join(missing[:3])}); "
             "expected timm's vit_* or deit_* weights of the same --variant")
-    return load_weights(model, weights, str(path))
+    return report
+
+
+RENAMED = {  # the release's names -> ours; the rest is timm's and BERT's on both sides
+    "transformer.": "", "itm_score.fc.": "vtm_head.", "vtm_score.fc.": "vtm_head.",
+    "pooler.dense.": "pooler.", "mlm_score.transform.": "mlm_head.",
+    "mlm_score.decoder.": "mlm_head.decoder.", "mlm_score.bias": "mlm_head.decoder.bias",
+    "txt_proj.": "text_proj.", "vid_proj.": "video_proj.",
+    "token_type_embeddings.weight": "type_embeddings"}
 
 
 def load_release(path, heads: int | None = None, **overrides):
-    """The authors' .ckpt (Ti, S, B, plus) -> (AllInOne, report of load_weights).
+    """The authors' .ckpt (Tab. 1: Ti, S, B; plus) -> (AllInOne, report of load_weights).
 
     heads: not stored in such a file; None means width / 64 (Tab. 1).
     overrides: other fields of Config (frames, image_size, max_text_len, ...).
@@ -597,15 +635,11 @@ def load_release(path, heads: int | None = None, **overrides):
     content = read_weights(path)
     weights = {}
     for name, tensor in content.get("state_dict", content).items():
-        name = name.removeprefix("module.").removeprefix("transformer.")
-        for theirs, ours in (("itm_score.fc.", "vtm_head."), ("vtm_score.fc.", "vtm_head."),
-                             ("pooler.dense.", "pooler."), ("mlm_score.transform.", "mlm_head."),
-                             ("mlm_score.decoder.", "mlm_head.decoder."),
-                             ("mlm_score.bias", "mlm_head.decoder.bias"),
-                             ("txt_proj.", "text_proj."), ("vid_proj.", "video_proj."),
-                             ("token_type_embeddings.weight", "type_embeddings")):
+        name = name.removeprefix("module.")
+        for theirs, ours in RENAMED.items():
             if name.startswith(theirs):
-                name = ours + name[len(theirs):]
+                name = ours + name.removeprefix(theirs)
+                break
         weights[name] = tensor
     bert_type = weights.pop("text_embeddings.token_type_embeddings.weight", None)
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
@@ -649,6 +683,7 @@ class FactorizedAttention(nn.Module):
         self.norm_time, self.norm_space = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.time = Attention(D, c.heads, c.dropout)
         self.space = Attention(D, c.heads, c.dropout)
+        self.time_fc, self.space_fc = nn.Identity(), nn.Identity()
         self.decoupled = c.temporal == "decoupled"
         if self.decoupled:
             self.norm_text = nn.LayerNorm(D, eps=1e-6)
@@ -673,10 +708,8 @@ class FactorizedAttention(nn.Module):
             cls, patches = video[:, :self.specials], video[:, self.specials:]
             n = patches.shape[1]
             tubes = patches.unflatten(0, (-1, S)).transpose(1, 2).flatten(0, 1)  # (B*n, S, D)
-            step = self.time(self.norm_time(tubes))
-            tubes = tubes + (step if self.decoupled else self.time_fc(step))
+            tubes = tubes + self.time_fc(self.time(self.norm_time(tubes)))
             patches = tubes.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)  # (B*S, n, D)
             video = torch.cat([cls, patches], 1)
-            step = self.space(self.norm_space(video))
-            video = video + (step if self.decoupled else self.space_fc(step))
+            video = video + self.space_fc(self.space(self.norm_space(video)))
         return torch.cat([text, video], 1)

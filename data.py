@@ -782,12 +782,12 @@ class Clips(torch.utils.data.Dataset):
             return words
         if self.task == "choice":
             options, question = self._need(sample, "options"), sample.get("question")
-            answer = sample.get("answer", -1)
-            if isinstance(answer, str):
-                answer = options.index(answer) if answer in options else -1
-            if not -1 <= answer < len(options):
-                raise DataError(f'{sample["where"]}: "answer" is {answer}; expected an index into '
-                                f"the {len(options)} options, from 0, or one of them")
+            answer = sample.get("answer")
+            if answer in options:
+                answer = options.index(answer)
+            if not isinstance(answer, int) or not 0 <= answer < len(options):
+                raise DataError(f'{sample["where"]}: "answer" is {answer!r}; expected an index '
+                                f"into the {len(options)} options, from 0, or one of them")
             return {"ids": [self._encode(option, question) for option in options], "label": answer}
         text = self._need(sample, "question") if self.task == "qa" else ""
         return {"ids": [self._encode(text)], "label": self.labels.get(sample.get("answer"), -1)}
@@ -868,7 +868,7 @@ def _objectives(items, m, pad_id, group, seed):
     for begin in range(0, len(items), group):
         clips = items[begin:begin + group]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix(seed, clips[0]["draw"], 1))       # 1: not the clip's own stream
+            torch.default_generator.manual_seed(mix(seed, clips[0]["draw"], 1))  # 1: not its own
             chosen, match = vtm_pairs([item["caption"] for item in clips])
         source += [begin + i for i in chosen]
         matches += match

@@ -49,7 +49,7 @@ class TrainConfig:
     out: str = ""                         # run folder; "": runs/<task>
     init: str = "scratch"                 # "scratch", ViT, DeiT, our or released weights
     vocab: str = "bert-base-uncased"      # or vocab.txt, tokenizer.json, "train" (from captions)
-    objectives: tuple[str, ...] = ("vtm", "mlm")   # Sec. 3.3, Tab. 7; also vtc, wpa (release)
+    objectives: tuple[str, ...] = ("vtm", "mlm")   # Sec. 3.3; also vtc, wpa (release)
     steps: int = 200_000                  # optimiser steps; 100_000 for Ti
     epochs: int = 0                       # passes over the data; 0: count by steps
     batch: int = 0                        # clips a step on all GPUs; 0: batch_per_gpu on each
@@ -61,7 +61,7 @@ class TrainConfig:
     whole_word_masking: bool = False      # release
     rand_augment: bool = False            # torchvision's RandAugment
     flip: bool = False                    # horizontal, never where words say left or right
-    precision: str = "auto"               # fp16 (paper), bf16, fp32; auto: bf16 where a GPU has it
+    precision: str = "auto"               # fp16 (paper), bf16, fp32 (TF32 on GPUs); auto: bf16
     compile: bool = False                 # torch.compile of the transformer
     activation_checkpointing: bool = False  # recompute blocks in backward: L at 16 clips in 80 GB
     workers: int = 8                      # decoding processes for each GPU
@@ -85,8 +85,7 @@ RECIPES = {  # --recipe release: what the authors' code does and the paper does 
 
 PROOF = dict(  # no --data: toy clips and a model for two CPU cores; order comes from rolling alone
     variant="nano", image_size=48, temporal_position=False, dropout=0.0, drop_path=0.0,
-    vocab="train", steps=2400, batch=16, lr=1e-3, workers=1, log_every=50,
-    save_every=200)
+    vocab="train", steps=2400, warmup=0.1, batch=16, lr=1e-3, workers=1, save_every=200)
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": None}
 
@@ -194,8 +193,11 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
     add_flags(parser, Config, CHOICES)
     given = given_flags(parser, argv)
     recipe, task = RECIPES[given.pop("recipe")], given.get("task", "pretrain")
+    named = set(given)
     proof = {} if given.get("data") else PROOF if task == "pretrain" else {**PROOF, "epochs": 4}
     values = {**recipe, **TASKS[task], **proof, **given}
+    if "steps" in given and "epochs" not in given:
+        values["epochs"] = 0
     values = {**VARIANTS[values.pop("variant", "B")], **values}
     fields = Config.__dataclass_fields__
     sizes = {k: v for k, v in values.items() if k in fields}
@@ -203,6 +205,15 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
     config = TrainConfig(**{k: v for k, v in values.items() if k not in fields})
     if unknown := [name for name in config.objectives if name not in HEADS]:
         raise DataError(f"--objectives {unknown[0]}: can be {', '.join(HEADS)}")
+    if "wpa" in config.objectives and "vtm" not in config.objectives:
+        raise DataError("--objectives wpa needs vtm too: it takes VTM's matched and other pairs")
+    if ("choice" in config.objectives) != (task == "choice") or (
+            task == "choice" and len(config.objectives) > 1):
+        raise DataError(f"--objectives {' '.join(config.objectives)}: not those of --task {task}")
+    if min(config.batch_per_gpu, config.log_every, config.save_every, config.steps) < 1:
+        raise DataError("--batch_per_gpu, --steps, --log_every and --save_every must be 1 or more")
+    if "variant" in named and config.init != "scratch" and kind_of_weights(config.init) != "vit":
+        raise DataError(f"--variant: the sizes are those of {config.init}; leave it out")
     return replace(config, out=config.out or f"runs/{config.task}"), sizes, given
 
 
@@ -267,7 +278,9 @@ def open_run(config: TrainConfig, description: dict) -> tuple[Path, dict | None]
                 file.replace(file.with_suffix(file.suffix + ".previous"))
     content = None
     if path.exists():
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_weights(path)
+        if "config" not in content:
+            raise DataError(f"{path} is no checkpoint of train.py: choose another --out")
         there, here = content["config"], description["config"]
         differ = [f"{key} was {there.get(key)}, now {here[key]}" for key in here
                   if there.get(key) != here[key] and key not in CHANGEABLE]
@@ -286,7 +299,7 @@ def open_run(config: TrainConfig, description: dict) -> tuple[Path, dict | None]
 
 
 CHANGEABLE = {  # fields that may differ when a run goes on: they change no number
-    "out", "val", "workers", "log_every", "save_every", "resume", "tensorboard", "init"}
+    "out", "val", "workers", "log_every", "save_every", "resume", "tensorboard"}
 
 
 def is_log_line(line: str, steps: int) -> bool:
@@ -304,7 +317,8 @@ def kind_of_weights(path) -> str:
     content = read_weights(path)
     if "sizes" in content:
         return "ours"
-    return "release" if "state_dict" in content else "vit"
+    words = any("text_embeddings" in name for name in content.get("state_dict", content))
+    return "release" if words else "vit"
 
 
 def captions(manifest: Manifest):
@@ -362,7 +376,10 @@ class Meter:
         self.file = open(folder / "log.jsonl", "a", buffering=1) if folder else None
         self.events = None
         if config.tensorboard and rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise DataError("--tensorboard needs it: pip install tensorboard") from error
             self.events = SummaryWriter(folder)
         self.since, self.waited = time.monotonic(), 0.0
 
@@ -377,7 +394,8 @@ class Meter:
         """One step's values; writes a line every log_every steps and at the last."""
         window = state["window"]
         for name, value in values.items():
-            window[name] = window.get(name, 0.0) + value
+            if math.isfinite(value):       # fp16: a gradient that overflowed, and was not stepped
+                window[name] = window.get(name, 0.0) + value
         window["steps"] = window.get("steps", 0) + 1
         if state["step"] % self.config.log_every and state["step"] != self.steps:
             return
@@ -441,7 +459,7 @@ def batches(clips: Clips, config: TrainConfig, rank: int, world: int, start: int
     """This process's micro-batches from optimiser step `start` on (see data.Batches, data.load)."""
     batch, size, accumulate = split_batch(config, world)
     keys = Batches(len(clips), batch, config.seed, rank, world, start, accumulate, steps)
-    group = 8 if size % 8 == 0 else size   # VTM pairs stay within 8 clips, on any number of GPUs
+    group = 8 if size % 8 == 0 else size   # VTM pairs: the same on any number of GPUs of whole 8s
     together = functools.partial(collate, tokenizer=clips.tokenizer, group=group, seed=config.seed,
                                  max_text_len=clips.max_text_len)
     yield from load(clips, keys, together, config.workers, pin_memory=torch.cuda.is_available())
@@ -533,7 +551,7 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
         tally = torch.tensor([words, failed, len(stopping)], dtype=torch.float32, device=device)
         if world > 1:
             dist.all_reduce(tally)
-        words = (tally[0] / (world * accumulate)).clamp(min=1)
+        words = tally[0].clamp(min=1) / (world * accumulate)
         values = {}
         for i, micro in enumerate(micros):                     # which losses
             inputs = {k: v.to(device, non_blocking=True) for k, v in micro.items()
@@ -564,10 +582,16 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
         check_finite(values, step, micros, scaler.is_enabled(), config.out)
         scaler.step(optimizer)
         scaler.update()
+        if scaler.is_enabled() and scaler.get_scale() < 1:
+            raise ValueError(f"step {step}: gradients overflow fp16 at any scale; use bf16 or fp32")
         optimizer.zero_grad(set_to_none=True)
         state["step"], state["read"] = step + 1, state["read"] + batch
         state["unreadable"] += int(failed)
         failures = [error for micro in micros for error in micro["errors"]]
+        if failed and world > 1:                               # the log names all processes'
+            parts = [None] * world
+            dist.all_gather_object(parts, failures)
+            failures = sum(parts, [])
         if failures:
             meter.note(step=step + 1, unreadable=failures)
         meter.add(state, values, lr)                           # log one line
