@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allinone import (CHOICES, VARIANTS, AllInOne, Config, load_vit, mlm_loss, read_weights,
                       vtc_loss, vtm_loss, word_patch_alignment_loss, word_patch_distance)
-from data import Batches, Clips, DataError, Manifest, Tokenizer, collate, load, mix, toy
+from data import Batches, Clips, DataError, Manifest, Tokenizer, collate, load, mix, texts_of, toy
 from eval import (add_flags, evaluate, given_flags, load_model, peak_flops, report,
                   score_options)
 
@@ -321,17 +321,6 @@ def kind_of_weights(path) -> str:
     return "release" if words else "vit"
 
 
-def captions(manifest: Manifest):
-    """Every text of a manifest, to learn a vocabulary from."""
-    for i in range(len(manifest)):
-        sample = manifest[i]
-        yield from (text for key in ("text", "question", "answer") if (text := sample.get(key))
-                    and isinstance(text, str))
-        yield from sample.get("texts", [])
-        yield from sample.get("options", [])
-        yield from (text for _, _, text in sample.get("captions", []))
-
-
 def precision(name: str, device: torch.device) -> torch.dtype:
     """The autocast type: the paper trains in fp16 [28]; bf16 needs no loss scaling."""
     if name == "auto":
@@ -480,7 +469,8 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
     manifest = Manifest(config.data)
     tokenizer = None
     if config.init == "scratch" or kind_of_weights(config.init) == "vit":
-        tokenizer = (Tokenizer.train(captions(manifest), 30522) if config.vocab == "train"
+        texts = (text for i in range(len(manifest)) for text in texts_of(manifest[i]))
+        tokenizer = (Tokenizer.train(texts, 30522) if config.vocab == "train"
                      else Tokenizer.load(config.vocab))
     torch.manual_seed(config.seed)
     model, tokenizer = build(config, sizes, given, tokenizer, say)
