@@ -1,4 +1,4 @@
-"""Trains All-in-one: pre-training (Sec. 3.3) and downstream tasks (Sec. 4.2), one loop for all.
+"""Trains All-in-one: pre-training (Sec. 3.3) and multiple choice (Sec. 4.2.3), one loop for both.
 
     python train.py --task pretrain                            # proof run: toy clips, two CPU cores
     torchrun --nproc_per_node=8 train.py --task pretrain --data webvid/train.jsonl   # the paper's
