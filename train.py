@@ -606,6 +606,8 @@ def main(argv: list[str] | None = None) -> None:
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    else:                                  # leave the decoding processes their cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.workers))
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_, **__: None
