@@ -111,7 +111,7 @@ class Objectives(nn.Module):
         self.objectives = objectives
         trained = {head for name in objectives for head in HEADS[name]}
         for head in {head for heads in HEADS.values() for head in heads} - trained:
-            getattr(model, head, nn.Identity()).requires_grad_(False)
+            getattr(model, head).requires_grad_(False)
 
     def forward(self, batch: dict, words: Tensor) -> tuple[dict, dict]:
         """words: masked words per process and micro-batch, averaged over all: MLM's divisor."""
