@@ -43,6 +43,7 @@ CHOICES = {  # the words a field of Config may say: Tab. 8a and 9, Sec. 3.2, Tab
     "roll": ("paper", "release"),
     "roll_select": ("block", "random", "varying"),
     "patch_order": ("raster", "random"),
+    "answer_head": ("paper", "release", "linear"),
 }
 
 
@@ -73,6 +74,8 @@ class Config:
     patch_order: str = "raster"      # "random": the release shuffles each frame on each pass
     distilled: bool = False          # a second token beside cls, as in distilled DeiT (release: S)
     vtc_dim: int = 512               # width of the shared space of VTC; release
+    answers: int = 0                 # classes of the answer head (Sec. 4.2.1, Tab. 12); 0: no head
+    answer_head: str = "paper"       # see AnswerHead; "linear" is the probe's
     dropout: float = 0.1             # release
     drop_path: float = 0.1           # at the last block, rising linearly from 0; release
     init_std: float = 0.02           # of random weights; ViT's, BERT's and the release's
@@ -185,11 +188,30 @@ class MLMHead(nn.Module):
         return self.decoder(self.LayerNorm(F.gelu(self.dense(x))))
 
 
+class AnswerHead(nn.Sequential):
+    """Classes from a cls token, (..., D) -> (..., answers); open-ended QA (Sec. 4.2.1) and probe.
+
+    paper: "a two-layer MLP with hidden size 768", its GELU is ours. release: hidden D/2, a
+    LayerNorm between, dropout 0.5 before. linear: the one layer of Tab. 12.
+    """
+
+    def __init__(self, kind: str, width: int, answers: int):
+        layers = {
+            "paper": lambda: [nn.Linear(width, 768), nn.GELU(), nn.Linear(768, answers)],
+            "release": lambda: [nn.Dropout(0.5), nn.Linear(width, width // 2),
+                                nn.LayerNorm(width // 2), nn.GELU(),
+                                nn.Linear(width // 2, answers)],
+            "linear": lambda: [nn.Linear(width, answers)],
+        }
+        super().__init__(*layers[kind]())
+
+
 class AllInOne(nn.Module):
     """The All-in-one Transformer (Fig. 2): video and text through the same L blocks.
 
     Three passes: `forward` (joint), `encode_video` and `encode_text` (unimodal, Sec. 3.3 VTC).
-    Heads are plain attributes: vtm_head, mlm_head, text_proj, video_proj.
+    Heads are plain attributes: vtm_head, mlm_head, text_proj, video_proj; answer_head where
+    config.answers says how many.
     Weights are named as in timm's ViT and in BERT.
 
     video: (B, S, 3, H, W), uint8 pixels (RGB; normalised here, on the device) or floats already
@@ -238,6 +260,8 @@ class AllInOne(nn.Module):
         self.mlm_head = MLMHead(D, c.vocab_size)
         self.text_proj = nn.Linear(D, c.vtc_dim)
         self.video_proj = nn.Linear(D, c.vtc_dim)
+        if c.answers:
+            self.answer_head = AnswerHead(c.answer_head, D, c.answers)
 
         self.register_buffer("mean", torch.tensor(self.MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1), persistent=False)
@@ -480,9 +504,9 @@ def word_patch_alignment_loss(distance: Tensor, labels: Tensor) -> Tensor:
 def initialise(model: AllInOne) -> None:
     """Random weights (Tab. 6, first row): N(0, init_std), biases and temporal positions 0."""
     for name, p in model.named_parameters():
-        if "LayerNorm" in name or "norm" in name:
+        if p.ndim == 1:                                            # LayerNorm's weight, any bias
             nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
-        elif name.endswith("bias") or name == "temporal_embed":
+        elif name == "temporal_embed":
             nn.init.zeros_(p)
         else:
             nn.init.trunc_normal_(p, std=model.config.init_std)

@@ -707,13 +707,28 @@ MIN_WINDOW = 4.0        # seconds to which a drawn caption's window is widened, 
 MAX_SKIPS = 100         # unreadable lines in a row after which training cannot be meant to go on
 
 
+def answers_of(paths):
+    """The classes that a model learns to answer with, for open-ended QA (Sec. 4.2.1) and probes.
+
+    answers.json beside the first training manifest, which `convert` writes; without one, every
+    answer of the manifests, the commonest first.
+    """
+    listed = Path(paths[0]).parent / "answers.json"
+    if listed.is_file():
+        return json.loads(listed.read_text(encoding="utf-8"))
+    manifest = Manifest(paths)
+    count = collections.Counter(manifest[i].get("answer") for i in range(len(manifest)))
+    return [answer for answer, _ in count.most_common() if isinstance(answer, str)]
+
+
 class Clips(torch.utils.data.Dataset):
     """A manifest's samples as tensors: `clips[index, draw]`, `draw` keying all randomness.
 
-    manifest: Manifest. task: "pretrain" (caption, and its masked form), "retrieval" (captions: one
-    at random in training, all in evaluation), "choice" (options after their question), "qa" (an
-    answer of `answers`), "probe" (a class of `answers`). frames: S. image_size: pixels of the
-    crop. views: K temporally different draws of S frames in evaluation.
+    manifest: Manifest. task: "pretrain" (caption, and its masked form), "retrieval" (in training
+    one caption at random and up to `false_texts` of other lines as options, in evaluation all
+    captions), "choice" (options after their question), "qa" (an answer of `answers`), "probe" (a
+    class of `answers`). frames: S. image_size: pixels of the crop. views: K temporally different
+    draws of S frames in evaluation.
     Items are dicts of "video" uint8 (S, 3, H, W), or (K, S, 3, H, W) if views > 1, "ids" (a list of
     token-id lists), "label", "caption", "index", "draw", "where", "kind", "errors"; to pretrain,
     "mlm" = (masked ids, positions, labels). In training the next readable line stands in for an
@@ -722,14 +737,15 @@ class Clips(torch.utils.data.Dataset):
     """
 
     def __init__(self, manifest, tokenizer, task, frames, image_size, max_text_len, train, seed=0,
-                 views=1, rand_augment=False, flip=False, whole_word_masking=False, answers=None):
+                 views=1, rand_augment=False, flip=False, whole_word_masking=False, answers=None,
+                 false_texts=0):
         if task not in TASKS:
             raise DataError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
         self.manifest, self.tokenizer, self.task = manifest, tokenizer, task
         self.frames, self.image_size, self.max_text_len = frames, image_size, max_text_len
         self.train, self.seed, self.views = train, seed, 1 if train else views
         self.rand_augment, self.flip = rand_augment, flip
-        self.whole_word_masking = whole_word_masking
+        self.whole_word_masking, self.false_texts = whole_word_masking, false_texts
         self.labels = {answer: i for i, answer in enumerate(answers or [])}
         self.refused = {}               # index -> reason, of clips that took their reader down
 
@@ -744,7 +760,8 @@ class Clips(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(mix(self.seed, draw))
             while len(errors) < MAX_SKIPS:
                 sample = self.manifest[index]
-                item = {"index": index, "draw": draw, "where": sample["where"], "task": self.task}
+                item = {"index": index, "draw": draw, "where": sample["where"],
+                        "options": self.task == "choice" or self.task == "retrieval" and self.train}
                 try:
                     if index in self.refused:
                         raise Unreadable(sample["video"], self.refused[index])
@@ -779,6 +796,8 @@ class Clips(torch.utils.data.Dataset):
             words = {"ids": ids, "caption": captions[0], "label": 0}
             if self.task == "pretrain":
                 words["mlm"] = mask_tokens(ids[0], self.tokenizer, self.whole_word_masking)
+            elif self.train:
+                words["ids"] += [self._encode(text) for text in self._false_texts(sample)]
             return words
         if self.task == "choice":
             options, question = self._need(sample, "options"), sample.get("question")
@@ -805,6 +824,13 @@ class Clips(torch.utils.data.Dataset):
             return [texts[int(torch.randint(len(texts), ())) if self.train else 0]]
         return texts
 
+    def _false_texts(self, sample):
+        """Captions of random other lines, for ranking (Sec. 4.2.2); none that is the clip's own."""
+        drawn = [int(torch.randint(len(self.manifest), ())) for _ in range(self.false_texts)]
+        texts = [self._captions(self.manifest[index])[0] for index in drawn]
+        own = texts_of(sample)
+        return [text for text in texts if text not in own]
+
     def _need(self, sample, field):
         if not sample.get(field):
             raise DataError(f'{sample["where"]}: task {self.task} needs "{field}", got '
@@ -822,9 +848,9 @@ def collate(items, tokenizer, max_text_len, group=None, seed=0):
     "label", "index" int64 (B,); "where", "kind" lists of B; "errors" list of strings; "unreadable"
     the indices of items that could not be read, which are left out of all else (B may then be 0,
     and the only tensor "index").
-    Choice: "text_ids", "text_mask" (B, O, m), "option_mask" bool (B, O), False where a clip has
-    fewer than O options. Retrieval in evaluation: "text_ids", "text_mask" (T, m) and "text_clip"
-    int64 (T,), the row of each caption's clip.
+    Choice, and retrieval in training: "text_ids", "text_mask" (B, O, m), "option_mask" bool (B, O),
+    False where a clip has fewer than O options. Retrieval in evaluation: "text_ids", "text_mask"
+    (T, m) and "text_clip" int64 (T,), the row of each caption's clip.
     Pre-training: "mlm_ids" (B, m), "mlm_where" (M,) positions in the flattened (B*m), "mlm_labels"
     (M,), M padded to a multiple of 32 by where 0, label -100; "vtm_source", "vtm_labels" (B,) drawn
     within consecutive groups of `group` clips (default: all), by (seed, the group's first draw).
@@ -845,7 +871,7 @@ def collate(items, tokenizer, max_text_len, group=None, seed=0):
     m = min(-(-max(map(len, texts)) // 8) * 8, max_text_len)
     ids = _pad(texts, m, tokenizer.pad_id)
     mask = _pad([[1] * len(text) for text in texts], m, 0).bool()
-    if readable[0]["task"] == "choice":
+    if readable[0]["options"]:
         there = torch.arange(int(counts.max())) < counts[:, None]                   # (B, O)
         batch["option_mask"] = there
         batch["text_ids"] = torch.full((*there.shape, m), tokenizer.pad_id)
@@ -854,7 +880,7 @@ def collate(items, tokenizer, max_text_len, group=None, seed=0):
         return batch
     batch["text_ids"], batch["text_mask"] = ids, mask
     batch["text_clip"] = torch.repeat_interleave(counts)
-    if readable[0]["task"] == "pretrain":
+    if "mlm" in readable[0]:
         batch.update(_objectives(readable, m, tokenizer.pad_id, group or len(readable), seed))
     return batch
 
@@ -1062,33 +1088,39 @@ def toy(root="data/toy", seed=0):
     of frames tells order or motion. Every frame is coded alone at a fixed quantiser: a decoded
     clip's frames reversed are its twin's, bit for bit. Per split: SPLIT.jsonl (captions),
     choice_SPLIT (kinds "appearance", "order", "motion"; the last two between opposites), qa_SPLIT,
-    probe_SPLIT.
+    probe_SPLIT, and retrieval_SPLIT (the first clip of each meaning with both its wordings).
     Written beside and renamed, so that a folder of the name is complete. DataError if `root` is
     something else.
     """
-    root = Path(root)
-    if (root / "toy.json").is_file():
+    root, about = Path(root), json.dumps({"seed": seed, "clips": SPLITS, "version": 2}) + "\n"
+    if (root / "toy.json").is_file() and (root / "toy.json").read_text() == about:
         return root
     if root.exists() and any(root.iterdir()):
-        raise DataError(f"{root}: exists and is no toy set; give another folder or remove it")
+        raise DataError(f"{root}: exists and is another toy set or none; give another folder or "
+                        "remove it")
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     (partial / "clips").mkdir()
     for split, count in SPLITS.items():
         draw = random.Random(f"{seed} {split}")
-        lines = {"": [], "choice_": [], "qa_": [], "probe_": []}
+        lines = {"": [], "choice_": [], "qa_": [], "probe_": [], "retrieval_": []}
+        told = set()
         for i in range(count):
             clip = _toy_clip(draw) if i % 2 == 0 else clip.twin()
             video = f"clips/{split}_{i:04}.mp4"
             write_clip(partial / video, toy_frames(clip), 4, TOY_X264)
             for name, samples in _toy_samples(clip, draw).items():
                 lines[name] += [json.dumps({"video": video, **sample}) for sample in samples]
+            texts = [clip.caption(template=wording) for wording in range(2)]
+            if texts[0] not in told:
+                told.add(texts[0])
+                lines["retrieval_"].append(json.dumps({"video": video, "texts": texts}))
             if (i + 1) % 100 == 0:
                 print(f"\rtoy clips to {root}: {split} {i + 1}/{count}  ", end="", file=sys.stderr)
         for name, rows in lines.items():
             (partial / f"{name}{split}.jsonl").write_text("\n".join(rows) + "\n")
     print(file=sys.stderr)
-    (partial / "toy.json").write_text(json.dumps({"seed": seed, "clips": SPLITS}) + "\n")
+    (partial / "toy.json").write_text(about)
     partial.chmod(0o755)
     try:
         os.rename(partial, root)
@@ -1128,7 +1160,7 @@ def _toy_samples(clip, draw):
                         "answer": answer, "kind": kind})
     return {"": [{"text": clip.caption()}], "choice_": choices,
             "qa_": [{"question": q, "answer": a, "kind": k} for q, a, k in asked],
-            "probe_": [{"answer": clip.shape}]}
+            "probe_": [{"answer": clip.caption(template=0)}]}
 
 
 # ---- the data doctor, and the stopwatch

@@ -1,10 +1,12 @@
-"""Scores All-in-one on any manifest of multiple-choice questions (Tab. 4, 8 to 11), and its cost.
+"""Scores All-in-one (Tab. 2 to 5, 7 to 13) on any manifest, and tells what it costs (Tab. 1).
 
     python eval.py --task choice --data MANIFEST --checkpoint runs/pretrain/checkpoint.pt
+    torchrun --nproc_per_node=8 eval.py --task retrieval --data MANIFEST --checkpoint FILE
     python eval.py --task profile
 
-A checkpoint is ours (train.py's) or the authors' .ckpt. Unreadable clips are never replaced: they
-are counted and named, and a score that lacks samples says so.
+A checkpoint is ours (train.py's) or the authors' .ckpt. Every sample is scored once, whatever the
+number of processes. Unreadable clips are never replaced: they are counted and named, and a score
+that lacks samples says so.
 """
 
 from __future__ import annotations
@@ -12,12 +14,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
+import math
+import os
 import sys
 import time
 import typing
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,6 +75,10 @@ def load_model(path, vocab: str = "bert-base-uncased", say=print,
     if "sizes" in content:
         config = dataclasses.replace(Config(**content["sizes"]), **overrides)
         model = AllInOne(config)
+        if (config.answers, config.answer_head) != tuple(
+                content["sizes"].get(key) for key in ("answers", "answer_head")):
+            content["model"] = {k: v for k, v in content["model"].items()     # another task's head
+                                if not k.startswith("answer_head.")}
         report = load_weights(model, content.pop("model"), str(path))
         tokenizer = Tokenizer.from_json(content["tokenizer"])
     else:
@@ -81,7 +93,7 @@ def load_model(path, vocab: str = "bert-base-uncased", say=print,
     return model, tokenizer, content
 
 
-# ---- Scoring ------------------------------------------------------------------------------------
+# ---- Scores of one batch: higher is likelier -----------------------------------------------------
 
 def score_options(model: AllInOne, batch: dict) -> Tensor:
     """Matched logit of the VTM head for each candidate (Sec. 4.2.1, 4.2.3): (B, O), -inf if absent.
@@ -97,66 +109,400 @@ def score_options(model: AllInOne, batch: dict) -> Tensor:
     return matched.float().view(B, O).masked_fill(~batch["option_mask"], -torch.inf)
 
 
-@torch.no_grad()
-def evaluate(model: AllInOne, tokenizer: Tokenizer, data, device: torch.device,
-             batch: int = 32, workers: int = 2) -> dict:
-    """Multiple choice (Sec. 4.2.3): scores every sample of the manifests once, on any world size.
+def score_answers(model: AllInOne, batch: dict) -> Tensor:
+    """Logit of each answer (Sec. 4.2.1): (B, answers), from VTM's pooled cls token.
 
-    Returns {"samples": N, "unreadable": [...], "predictions": [{index, where, kind, ...}]}.
+    batch: video (B, S, 3, H, W), text_ids and text_mask (B, m), the question.
+    """
+    pooled = model(batch["video"], batch["text_ids"], batch["text_mask"]).pooled      # (B, D)
+    return model.answer_head(pooled).float()
+
+
+def score_classes(model: AllInOne, batch: dict) -> Tensor:
+    """Logit of each action (Tab. 12): (B, answers), linear on the cls token of the video alone.
+
+    batch: feature (B, D), computed before, or video (B, S, 3, H, W).
+    """
+    feature = batch["feature"] if "feature" in batch else model.encode_video(batch["video"])[:, 0]
+    return model.answer_head(feature).float()
+
+
+SCORES = {"choice": score_options, "qa": score_answers, "probe": score_classes}
+
+
+# ---- Scoring a manifest --------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to score, and how."""
+
+    task: str = "choice"             # choice, retrieval, qa, probe; profile: what the model costs
+    data: tuple[str, ...] = ()       # manifests
+    checkpoint: str = ""             # train.py's checkpoint.pt or best.pt, or the authors' .ckpt
+    vocab: str = "bert-base-uncased"  # for the authors' .ckpt, which carries no tokenizer
+    clips: int = 1                   # views of S frames each, averaged; 3: the 3 x 3 of Tab. 2 to 4
+    rerank: int = 0                  # retrieval: re-score the best K by the joint pass (VTM)
+    together: bool = False           # choice: line n of all manifests right (VCR's Q->AR)
+    shuffle_frames: bool = False     # each clip's frames in random order: what needs order?
+    reverse: bool = False            # each clip's frames backwards
+    repeat_first: bool = False       # each clip's first frame only, S times
+    bootstrap: int = 0               # resamplings for a 95 % interval, say 1000
+    predictions: str = ""            # per-sample file; "": beside the checkpoint
+    batch: int = 8                   # clips in one pass
+    workers: int = 2                 # decoding processes on each GPU
+    seconds: float = 3.0             # profile: time for each variant
+
+
+def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
+    """(rank, world, device) of torchrun's job, which is joined; without torchrun a world of one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device(
+        "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+def in_all_processes(part: list) -> list:
+    """The parts of all processes, in the order of ranks, as one list."""
+    if not dist.is_initialized():
+        return part
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return [item for part in parts for item in part]
+
+
+def reorder(video: Tensor, config: EvalConfig, index: Tensor) -> Tensor:
+    """The frames as --reverse, --repeat_first or --shuffle_frames say: (B, [K,] S, 3, H, W).
+
+    index: (B,), the samples' numbers; a sample is shuffled alike whatever batch it is in.
+    """
+    if config.reverse:
+        return video.flip(-4)
+    if config.repeat_first:
+        return video.narrow(-4, 0, 1).expand_as(video)
+    if config.shuffle_frames:
+        S = video.shape[-4]
+        orders = [torch.randperm(S, generator=torch.Generator().manual_seed(int(i))) for i in index]
+        return torch.stack([clip.index_select(-4, order.to(clip.device))
+                            for clip, order in zip(video, orders)])
+    return video
+
+
+def read(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
+         unreadable: list):
+    """Yields (collated items, their tensors by view) of this process's share, each sample once.
+
+    Nothing is padded or dropped whatever the number of processes; `unreadable` gets what failed.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    manifest, c = Manifest(data), model.config
-    clips = Clips(manifest, tokenizer, "choice", c.frames, c.image_size, c.max_text_len,
-                  train=False)
-    mine = range(rank, len(clips), world)                  # no padding: nothing is scored twice
-    keys = [list(mine[i:i + batch]) for i in range(0, len(mine), batch)]
-    together = functools.partial(collate, tokenizer=tokenizer, max_text_len=c.max_text_len)
-    model = model.to(device).eval()
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    predictions, unreadable = [], []
-    for items in load(clips, keys, together, workers):
+    mine = range(rank, len(clips), world)
+    keys = [list(mine[i:i + config.batch]) for i in range(0, len(mine), config.batch)]
+    together = functools.partial(collate, tokenizer=clips.tokenizer,
+                                 max_text_len=clips.max_text_len)
+    for items in load(clips, keys, together, config.workers):
         unreadable += items["errors"]
         if not items["where"]:
             continue
+        items["video"] = reorder(items["video"], config, items["index"])
         tensors = {k: v.to(device) for k, v in items.items() if isinstance(v, Tensor)}
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            scores = score_options(model, tensors)
-        for i, where in enumerate(items["where"]):
-            options = int(items["option_mask"][i].sum())
-            predictions.append({
-                "index": int(items["index"][i]), "where": where, "label": int(items["label"][i]),
-                "kind": items["kind"][i], "options": options,
-                "scores": scores[i, :options].tolist()})
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, (predictions, unreadable))
-        predictions = [p for part in parts for p in part[0]]
-        unreadable = [u for part in parts for u in part[1]]
-    predictions.sort(key=lambda p: p["index"])
-    return {"samples": len(clips), "unreadable": unreadable, "predictions": predictions}
+        video = tensors["video"]
+        yield items, [tensors | {"video": view}
+                      for view in (video.unbind(1) if video.dim() == 6 else [video])]
 
 
-def report(result: dict, data, say=print) -> dict:
-    """Prints accuracy (Tab. 4) for each "kind" of sample beside chance; returns {kind: %}.
+def half_precision(device: torch.device):
+    """bf16 where the GPU has it, as in training."""
+    return torch.autocast(device.type, torch.bfloat16,
+                          enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
 
-    A score that lacks samples is called incomplete and the unreadable ones are named.
+
+@torch.no_grad()
+def evaluate(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, device: torch.device,
+             answers: list[str] | None = None) -> dict:
+    """Scores every sample of config.data once, on any number of processes (all get the result).
+
+    answers: the classes of "qa" and "probe".
+    Returns {"samples": N, "unreadable": [...], "predictions": [{where, kind, metrics, ...}]}, where
+    metrics are what report() averages.
     """
+    manifest, c = Manifest(config.data), model.config
+    clips = Clips(manifest, tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
+                  train=False, views=config.clips, answers=answers)
+    model = model.to(device).eval()
+    unreadable = []
+    if config.task == "retrieval":
+        predictions = score_retrieval(model, clips, config, device, unreadable)
+    else:
+        predictions = []
+        for items, views in read(model, clips, config, device, unreadable):
+            with half_precision(device):
+                scores = sum(SCORES[config.task](model, view) for view in views) / len(views)
+            predictions += [predict(config.task, items, i, row, answers)
+                            for i, row in enumerate(scores.cpu())]
+        predictions = sorted(in_all_processes(predictions), key=lambda p: p["index"])
+    if config.task == "qa":
+        add_majority(predictions)
+    if config.together:
+        predictions += all_right_together(predictions, manifest)
+    return {"samples": len(clips), "unreadable": in_all_processes(unreadable),
+            "predictions": predictions}
+
+
+def predict(task: str, items: dict, i: int, scores: Tensor, answers: list[str] | None) -> dict:
+    """What one sample's scores, (O,) or (answers,), say, and the metrics of its task."""
+    label = int(items["label"][i])
+    about = {"index": int(items["index"][i]), "where": items["where"][i],
+             "kind": items["kind"][i] or "all", "label": label}
+    if task == "choice":
+        scores = scores[:int(items["option_mask"][i].sum())]
+        return about | {"scores": scores.tolist(), "metrics": {
+            "accuracy %": 100 * top(scores, label, 1), "chance %": 100 / len(scores)}}
+    best = scores.topk(min(5, len(scores))).indices.tolist()
+    about["answers"] = [answers[a] for a in best]
+    if task == "probe":
+        return about | {"metrics": {f"top-{k} %": 100 * top(scores, label, k) for k in (1, 5, 10)}}
+    right = 100 * top(scores, label, 1)          # an answer that is no class is wrong;
+    known = {"in vocabulary %": right} if label >= 0 else {}       # the release leaves it out
+    return about | {"metrics": {"accuracy %": right} | known}
+
+
+def top(scores: Tensor, label: int, k: int) -> float:
+    """The chance that `label` is among the best k of scores (O,), ties drawn at random; -1: 0."""
+    if label < 0:
+        return 0.0
+    better, tied = (scores > scores[label]).sum(), (scores == scores[label]).sum()
+    return float(((k - better) / tied).clamp(0, 1))
+
+
+def add_majority(predictions: list[dict]) -> None:
+    """Adds to open-ended QA what the commonest answer of each kind would score."""
+    for kind in {p["kind"] for p in predictions}:
+        same = [p for p in predictions if p["kind"] == kind]
+        labels = [p["label"] for p in same if p["label"] >= 0]
+        mode = max(labels, key=labels.count) if labels else None
+        for p in same:
+            p["metrics"]["majority %"] = 100.0 * (p["label"] == mode)
+
+
+def all_right_together(predictions: list[dict], manifest: Manifest) -> list[dict]:
+    """VCR's Q->AR: line n of every manifest right, as predictions of kind "together"."""
+    lines = manifest.ends[0]
+    if manifest.ends != [lines * (i + 1) for i in range(len(manifest.paths))]:
+        raise ValueError("--together: the manifests differ in length; line n of each must be about "
+                         "the same question, as `data.py convert vcr_qa` and vcr_qar write them")
+    groups = {}
+    for p in predictions:
+        groups.setdefault(p["index"] % lines, []).append(p)
+    whole = [group for group in groups.values() if len(group) == len(manifest.paths)]
+    for group in whole:
+        if len({manifest[p["index"]]["video"] for p in group}) > 1:
+            raise ValueError(f"--together: {' and '.join(p['where'] for p in group)} are about "
+                             "different videos; convert both manifests from the same files")
+    return [{"index": group[0]["index"], "where": group[0]["where"], "kind": "together",
+             "metrics": {name: 100 * math.prod(p["metrics"][name] / 100 for p in group)
+                         for name in group[0]["metrics"]}} for group in whole]
+
+
+# ---- Retrieval (Sec. 4.2.2, Tab. 3, Tab. 7) -----------------------------------------------------
+
+def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
+                    unreadable: list) -> list[dict]:
+    """Each clip and each caption encoded once, alone; cosines; --rerank by the joint pass.
+
+    Returns one prediction for each caption (kind "text to video") and each clip ("video to text").
+    """
+    rows = []                                            # of (index, where, video, texts, ids)
+    for items, views in read(model, clips, config, device, unreadable):
+        with half_precision(device):
+            video = [model.video_proj(model.encode_video(view["video"])[:, 0]) for view in views]
+            text = model.encode_text(views[0]["text_ids"], views[0]["text_mask"])[:, 0]
+        video = sum(F.normalize(view.float(), dim=-1) for view in video) / len(views)   # (B, E)
+        text = F.normalize(model.text_proj(text).float(), dim=-1)                       # (T, E)
+        ids = [tuple(row[mask].tolist()) for row, mask in zip(items["text_ids"],
+                                                              items["text_mask"])]
+        for i, index in enumerate(items["index"].tolist()):
+            own = (items["text_clip"] == i).nonzero()[:, 0].tolist()
+            rows.append((index, items["where"][i], video[i].cpu(), text[own].cpu(),
+                         [ids[t] for t in own]))
+    rows = sorted(in_all_processes(rows), key=lambda row: row[0])
+    owner = torch.tensor([v for v, row in enumerate(rows) for _ in row[4]])           # (T,)
+    ids = [words for row in rows for words in row[4]]
+    first = {}
+    once = [first.setdefault(words, t) for t, words in enumerate(ids)]   # equal words tie exactly
+    texts = torch.cat([row[3] for row in rows])[once]
+    cosines = texts @ torch.stack([row[2] for row in rows]).T                         # (T, N)
+    right = owner[:, None] == torch.arange(len(rows))
+    directions = {"text to video": (cosines, right), "video to text": (cosines.T, right.T)}
+    if config.rerank:
+        directions = rerank(model, clips, config, device, rows, ids, once, cosines, right)
+    predictions = []
+    for kind, (scores, own) in directions.items():
+        better, tied = places(scores, own)
+        for q, (above, same) in enumerate(zip(better.tolist(), tied.tolist())):
+            about = rows[owner[q] if kind == "text to video" else q]
+            recalls = {f"R@{k} %": 100 * min(max((k - above) / (same + 1), 0), 1)
+                       for k in (1, 5, 10)}
+            predictions.append({"index": about[0], "where": about[1], "kind": kind, "query": q,
+                                "best": int(scores[q].argmax()),
+                                "metrics": recalls | {"rank": 1 + above + same / 2}})
+    return predictions
+
+
+def places(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query, how many wrong candidates beat its best right one, and how many tie with it.
+
+    scores: (Q, G); own: bool (Q, G), True where candidate g is right (several captions of a clip
+    are all right, the best counts). The expected recall and rank under ties broken at random:
+    R@K = (K - beaten by) / (tied + 1) within [0, 1], rank = 1 + beaten by + tied / 2.
+    """
+    best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    return ((scores > best) & ~own).sum(1), ((scores == best) & ~own).sum(1)
+
+
+def rerank(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device, rows: list,
+           ids: list, once: list, cosines: Tensor, right: Tensor) -> dict:
+    """The best config.rerank candidates of each query in the order of VTM's matched logit.
+
+    once: for each caption the first one of the same words, which alone is scored.
+    Returns {direction: (scores, right)} as score_retrieval has them; whoever is not among the best
+    keeps its cosine and stays below them. Whoever ties with the last of the best is among them.
+    """
+    T, N = cosines.shape
+    chosen = cosines >= cosines.topk(min(config.rerank, N), 1).values[:, -1:]         # (T, N)
+    chosen_t = cosines.T >= cosines.T.topk(min(config.rerank, T), 1).values[:, -1:]   # (N, T)
+    wanted = (chosen | chosen_t.T) & (torch.tensor(once) == torch.arange(T))[:, None]
+    m = max(map(len, ids))
+    words = torch.tensor([[*row, *[clips.tokenizer.pad_id] * (m - len(row))] for row in ids])
+    masks = torch.arange(m) < torch.tensor([len(row) for row in ids])[:, None]        # (T, m)
+    place = {row[0]: v for v, row in enumerate(rows)}
+    found = []
+    for items, views in read(model, clips, config, device, []):
+        columns = torch.tensor([place[index] for index in items["index"].tolist()])
+        pairs = wanted[:, columns].nonzero()                                          # (P, 2)
+        for view in views:
+            with half_precision(device):
+                video = model.embed_video(view["video"])
+                for t, b in (part.unbind(1) for part in pairs.split(8 * config.batch)):
+                    text = model.embed_text(words[t].to(device))
+                    pooled = model.fuse(video[b.to(device)], text, masks[t].to(device)).pooled
+                    matched = model.vtm_head(pooled)[:, 1].float().cpu()
+                    found.append((t, columns[b], matched / len(views)))
+    joint = torch.zeros(T, N)
+    for t, v, matched in in_all_processes(found):
+        joint.index_put_((t, v), matched, accumulate=True)
+    joint = (joint - joint.min() + 2)[once]                               # above every cosine
+    return {"text to video": (torch.where(chosen, joint, cosines), right),
+            "video to text": (torch.where(chosen_t, joint.T, cosines.T), right.T)}
+
+
+# ---- The report, beside the paper ---------------------------------------------------------------
+
+PAPER = {  # by the name that data.py convert gives a data set; R@1/5/10 where it is retrieval
+    "tgif_action": ("Tab. 2a", {"Ti": "80.6", "S": "91.2", "B, 1 frame": "92.9", "B": "92.7",
+                                "B, 384 px": "94.7", "B*": "95.5"}),
+    "tgif_transition": ("Tab. 2a", {"Ti": "83.5", "S": "92.7", "B, 1 frame": "94.2", "B": "94.3",
+                                    "B, 384 px": "95.1", "B*": "94.7"}),
+    "tgif_frameqa": ("Tab. 2a", {"Ti": "53.9", "S": "64.0", "B, 1 frame": "62.5", "B": "64.2",
+                                 "B, 384 px": "65.4", "B*": "66.3"}),
+    "msrvtt_qa": ("Tab. 2b", {"S": "39.5", "B": "42.9", "B, 3 x 3": "44.3", "B*": "46.8"}),
+    "msvd_qa": ("Tab. 2c", {"S": "41.7", "B": "46.5", "B, 3 x 3": "47.9", "B*": "48.3"}),
+    "msrvtt_9k": ("Tab. 3a and 7, text to video", {
+        "B": "37.1/66.7/75.9", "B, 3 x 3": "37.9/68.1/77.1", "B, VTC only": "36.7/62.6/72.2",
+        "B, VTM only": "33.3/67.0/76.9", "B, video to text": "37.5/66.1/77.4"}),
+    "msrvtt_7k": ("Tab. 3a, text to video", {"B": "33.8/64.2/74.3", "B, 3 x 3": "34.4/65.4/75.8"}),
+    "activitynet": ("Tab. 3b, text to video", {"B": "21.5/50.3/65.5, median rank 6",
+                                               "B, 3 x 3": "22.4/53.7/67.7, median rank 5"}),
+    "didemo": ("Tab. 3c, text to video", {
+        "B": "31.2/60.5/72.1, median rank 3", "B, 3 x 3": "32.7/61.4/73.5, median rank 3"}),
+    "msrvtt_mc": ("Tab. 4a", {"B, zero-shot": "80.3", "B": "91.4", "B, 3 x 3": "92.0",
+                              "B*": "92.3"}),
+    "lsmdc_mc": ("Tab. 4b", {"B, zero-shot": "56.3", "B": "83.1", "B, 3 x 3": "83.5",
+                             "B*": "84.4"}),
+    "vcr_qa": ("Tab. 5", {"B, CC3M + COCO": "60.5", "B, HowTo100M": "68.4",
+                          "B, HowTo100M, no regions drawn": "65.2"}),
+    "kinetics400": ("Tab. 12, top-1/5/10", {
+        "B": "50.8/79.8/90.7", "B, 8 frames": "53.4/83.2/92.6"}),
+    "hmdb51": ("Tab. 12, top-1/5/10", {"B": "52.9/84.1/93.4", "B, 8 frames": "55.7/88.2/95.2"}),
+    "ego4d_mc": ("Tab. 13", {"B, zero-shot": "36.52", "B": "65.89"}),
+}
+
+
+def summarise(predictions: list[dict]) -> dict[str, dict[str, Tensor]]:
+    """{kind: {column: the value of each sample}}; a rank gives two columns, median and mean."""
     kinds = {}
-    for p in result["predictions"]:
-        kinds.setdefault(p["kind"] or "all", []).append(p)
-    say(f"\nmultiple choice on {', '.join(map(str, data))}")
-    say(f"{'kind':<14}{'accuracy %':>12}{'chance %':>10}{'clips':>8}")
-    accuracy = {}
-    for kind, ps in kinds.items():
-        right = [p["scores"].index(max(p["scores"])) == p["label"] for p in ps]
-        chance = sum(1 / p["options"] for p in ps) / len(ps)
-        accuracy[kind] = 100 * sum(right) / len(right)
-        say(f"{kind:<14}{accuracy[kind]:>12.1f}{100 * chance:>10.1f}{len(ps):>8}")
+    for p in predictions:
+        columns = kinds.setdefault(p["kind"], {})
+        for name, value in p["metrics"].items():
+            for column in (("median rank", "mean rank") if name == "rank" else (name,)):
+                columns.setdefault(column, []).append(value)
+    return {kind: {name: torch.tensor(values, dtype=torch.float64)
+                   for name, values in columns.items()} for kind, columns in kinds.items()}
+
+
+def average(name: str, values: Tensor) -> Tensor:
+    """The mean of a column over its last dimension; of a median rank, the median."""
+    return values.quantile(0.5, -1) if name == "median rank" else values.mean(-1)
+
+
+def interval(name: str, values: Tensor, resamplings: int) -> tuple[float, float]:
+    """95 % of a column's average over resampled samples, always the same ones (bootstrap)."""
+    draw = torch.Generator().manual_seed(0)
+    averages = torch.stack([
+        average(name, values[torch.randint(len(values), (len(values),), generator=draw)])
+        for _ in range(resamplings)])
+    low, high = averages.quantile(torch.tensor([0.025, 0.975], dtype=averages.dtype)).tolist()
+    return low, high
+
+
+def report(result: dict, config: EvalConfig, model: Config, say=print) -> dict[str, float]:
+    """Prints the protocol, a table by kind and the paper's row; returns {kind: first column}.
+
+    A score that lacks samples is called incomplete, and the unreadable ones are named.
+    """
+    paths = [Path(path) for path in config.data]
+    orders = [name for name in ("shuffle_frames", "reverse", "repeat_first")
+              if getattr(config, name)]
+    frames = f"{model.frames} frames" + (f" x {config.clips} views" if config.clips > 1 else "")
+    say(f"\n{config.task} on {', '.join(map(str, paths))}; split: "
+        f"{', '.join(path.stem for path in paths)}; {frames}"
+        + (f"; re-ranked: the best {config.rerank}" if config.rerank else "")
+        + "".join(f"; FRAMES CHANGED: {name}" for name in orders))
+    kinds, first = summarise(result["predictions"]), {}
+    header = list(dict.fromkeys(name for columns in kinds.values() for name in columns))
+    wide = 28 if config.bootstrap else 12
+    say(f"{'kind':<16}" + "".join(f"{name:>{max(wide, len(name) + 2)}}" for name in header)
+        + f"{'samples':>9}")
+    for kind, columns in kinds.items():
+        cells = []
+        for name in header:
+            cell = "-"
+            if name in columns:
+                cell = f"{float(average(name, columns[name])):.1f}"
+                if config.bootstrap:
+                    low, high = interval(name, columns[name], config.bootstrap)
+                    cell += f" [{low:.1f}, {high:.1f}]"
+            cells.append(f"{cell:>{max(wide, len(name) + 2)}}")
+        say(f"{kind:<16}" + "".join(cells) + f"{len(columns[header[0]]):>9}")
+        first[kind] = float(average(header[0], columns[header[0]]))
     if result["unreadable"]:
         say(f"INCOMPLETE: {len(result['unreadable'])} of {result['samples']} samples unreadable:")
         for line in result["unreadable"]:
             say(f"  {line}")
-    return accuracy
+    table, numbers = PAPER.get(paths[0].parent.name, ("", {}))
+    variant = next((name for name, sizes in VARIANTS.items() if sizes["width"] == model.width), "-")
+    if rows := [f"{k} {v}" for k, v in numbers.items() if k.startswith(variant)]:
+        say(f"paper, {table}: {'; '.join(rows)}")
+    return first
+
+
+def write_predictions(path: Path, predictions: list[dict]) -> None:
+    """One JSON object a sample, for error analysis; written beside and renamed."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text("".join(json.dumps(p) + "\n" for p in predictions))
+    beside.replace(path)
 
 
 # ---- What it costs (Tab. 1, Fig. 1c, Fig. 3) -----------------------------------------------------
@@ -272,25 +618,49 @@ def profile(config: dict, device: torch.device, batch: int, seconds: float) -> N
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Score or profile All-in-one.", allow_abbrev=False)
-    parser.add_argument("--task", choices=("choice", "profile"), required=True)
-    parser.add_argument("--data", nargs="+", metavar="MANIFEST", help="what to score")
-    parser.add_argument("--checkpoint", help="train.py's checkpoint.pt, or the authors' .ckpt")
-    parser.add_argument("--vocab", default="bert-base-uncased", help="for the authors' .ckpt")
-    parser.add_argument("--batch", type=int, default=8, help="clips in one pass")
-    parser.add_argument("--workers", type=int, default=2, help="decoding processes")
-    parser.add_argument("--seconds", type=float, default=3, help="profile: time for each variant")
+    add_flags(parser, EvalConfig, {"task": (*SCORES, "retrieval", "profile")})
     add_flags(parser, Config, CHOICES)
     given = given_flags(parser, argv)
-    args = argparse.Namespace(**{k: given.pop(k) for k in (
-        "task", "data", "checkpoint", "vocab", "batch", "workers", "seconds")})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.task == "profile":
-        profile(given, device, args.batch, args.seconds)
+    fields = {field.name for field in dataclasses.fields(EvalConfig)}
+    config = EvalConfig(**{k: v for k, v in given.items() if k in fields})
+    sizes = {k: v for k, v in given.items() if k not in fields}
+    if config.task == "profile":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        profile(sizes, device, config.batch, config.seconds)
         return
-    if not args.data or not args.checkpoint:
-        parser.error(f"--task {args.task} needs --data MANIFEST and --checkpoint FILE")
-    model, tokenizer, _ = load_model(args.checkpoint, args.vocab, **given)
-    report(evaluate(model, tokenizer, args.data, device, args.batch, args.workers), args.data)
+    if not config.data or not config.checkpoint:
+        parser.error(f"--task {config.task} needs --data MANIFEST and --checkpoint FILE")
+    if min(config.batch, config.clips) < 1:
+        parser.error("--batch and --clips must be 1 or more")
+    rank, world, device = join_processes(torch.cuda.is_available())
+    say = print if rank == 0 else lambda *_: None
+    try:
+        model, tokenizer, content = load_model(config.checkpoint, config.vocab, say, **sizes)
+        check_head(config, model, content)
+        if config.task == "retrieval" and "vtc" not in content.get("config", {}).get(
+                "objectives", ()) and not config.rerank:
+            raise ValueError(f"{config.checkpoint} was not trained with VTC, its cosines mean "
+                             "nothing: fine-tune it (train.py --task retrieval), or give --rerank "
+                             "the number of candidates to score by VTM")
+        result = evaluate(model, tokenizer, config, device, content.get("answers"))
+        report(result, config, model.config, say)
+        if rank == 0:
+            data = Path(config.data[0])
+            path = Path(config.predictions or Path(config.checkpoint).parent / (
+                f"{config.task}-{data.parent.name}-{data.stem}.predictions.jsonl"))
+            write_predictions(path, result["predictions"])
+            say(f"per-sample predictions: {path}")
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def check_head(config: EvalConfig, model: AllInOne, content: dict) -> None:
+    """ValueError if an open-ended task is asked of a checkpoint that was not trained for it."""
+    trained = {"paper": "qa", "release": "qa", "linear": "probe"}[model.config.answer_head]
+    if config.task in ("qa", "probe") and (not content.get("answers") or trained != config.task):
+        raise ValueError(f"{config.checkpoint} has no answers for --task {config.task}: fine-tune "
+                         f"it with train.py --task {config.task} --init {config.checkpoint}")
 
 
 if __name__ == "__main__":

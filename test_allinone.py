@@ -1498,6 +1498,14 @@ def clips(tmp_path_factory) -> Path:
             print(json.dumps({"video": f"{i}.mp4", "options": texts, "answer": 0, "kind": "order"}),
                   file=choice)
     (folder / "no_answer.jsonl").write_text(json.dumps({"video": "0.mp4", "options": texts}))
+    with open(folder / "retrieval.jsonl", "w") as retrieval, open(folder / "qa.jsonl", "w") as qa:
+        for i in range(7):
+            samples = [json.loads(line) for line in (folder / "train.jsonl").read_text().split("\n")
+                       if f'"{i}.mp4"' in line]
+            text = samples[0]["text"]
+            print(json.dumps({"video": f"{i}.mp4", "texts": [text, f"{i} {text}"]}), file=retrieval)
+            print(json.dumps({"video": f"{i}.mp4", "question": "what shape is it?",
+                              "answer": text.split()[i % 2]}), file=qa)
     return folder
 
 
@@ -1731,9 +1739,11 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     (["--task", "pretrain", "--widht", "3"], 2, "unrecognized arguments: --widht"),
     (["--temporal", "rolling"], 2, "invalid choice: 'rolling'"),
     (["--data", "absent.jsonl"], 1, "absent.jsonl"),
-    (["--objectives", "vtx"], 1, "--objectives vtx: can be vtm, mlm"),
+    (["--objectives", "vtx"], 1, "--objectives vtx: those of --task pretrain are vtm, mlm"),
     (["--objectives", "wpa"], 1, "wpa needs vtm"),
-    (["--objectives", "choice"], 1, "not those of --task pretrain"),
+    (["--task", "choice", "--objectives", "vtm"], 1, "those of --task choice are choice"),
+    (["--task", "retrieval", "--objectives", "rank", "--hard_negatives"], 1, "needs --objectives"),
+    (["--data", "a.jsonl", "--val", "b/test.jsonl", "--val_every", "5"], 1, "the validation split"),
     (["--log_every", "0"], 1, "must be 1 or more"),
     (["--task", "choice", "--data", "{clips}/no_answer.jsonl", "--vocab", "train", "--workers",
       "0"], 1, '"answer" is None; expected an index into the 2 options'),
@@ -1745,3 +1755,202 @@ def test_wrong_flags_and_files_say_in_one_line_what_to_do(flags, code, message, 
     flags = [flag.format(clips=clips) for flag in flags]
     returned, out, err = run(train, *flags, "--out", tmp_path / "run")
     assert returned == code and message in err, err
+
+
+# ---- Downstream tasks (Sec. 4.2) ----------------------------------------------------------------
+
+def evaluate_here(task, manifest, checkpoint, *flags, code=0) -> str:
+    """What eval.py prints."""
+    returned, out, err = run(eval, "--task", task, "--data", manifest, "--checkpoint", checkpoint,
+                             "--workers", "0", *flags)
+    assert returned == code, err
+    return out if code == 0 else err
+
+
+def table(out) -> list[str]:
+    """The rows of numbers that eval.py printed."""
+    return [line for line in out.splitlines() if re.search(r"\d+\.\d", line) and ":" not in line]
+
+
+def fine_tune(task, manifest, out, whole_run, *flags, code=0) -> str:
+    returned, printed, err = run(
+        train, "--task", task, "--data", manifest, "--init", whole_run / "checkpoint.pt", "--out",
+        out, "--batch", "4", "--steps", "3", "--workers", "0", "--log_every", "1", *flags)
+    assert returned == code, err
+    return printed if code == 0 else err
+
+
+def test_ranks_count_ties_and_several_captions_of_a_clip():  # Tab. 3, Tab. 7
+    scores = torch.tensor([[.9, .1, .1], [.5, .5, .2], [.3, .3, .3], [.1, .2, .8]])
+    owner = torch.tensor([0, 1, 1, 2])                 # the clip of each caption: clip 1 has two
+    own = owner[:, None] == torch.arange(3)
+    better, tied = eval.places(scores, own)            # text to video
+    assert better.tolist() == [0, 0, 0, 0] and tied.tolist() == [0, 1, 2, 0]
+    better, tied = eval.places(scores.T, own.T)        # video to text: the best of its captions
+    assert better.tolist() == [0, 0, 0] and tied.tolist() == [0, 0, 0]
+    better, tied = eval.places(torch.zeros(4, 3), own)             # a model that says nothing ...
+    assert (1 / (tied + 1.)).tolist() == pytest.approx([1 / 3] * 4)     # ... is right by chance
+    scores[3, 0] = 0.95                                # a wrong caption now beats clip 0's own
+    assert eval.places(scores.T, own.T)[0].tolist() == [1, 0, 0]
+
+
+def test_tied_options_and_unknown_answers_are_not_counted_as_right():
+    same = torch.zeros(5)
+    assert [eval.top(same, 0, k) for k in (1, 5)] == pytest.approx([0.2, 1])
+    items = {"label": torch.tensor([-1, 2]), "index": torch.arange(2), "where": ["a:1", "a:2"],
+             "kind": [None, None]}
+    scores, answers = torch.tensor([0., 1, 5, 2, 3, 4]), list("abcdef")
+    unknown, known = (eval.predict("qa", items, i, scores, answers) for i in range(2))
+    assert unknown["metrics"] == {"accuracy %": 0}     # the release leaves such questions out
+    assert known["metrics"] == {"accuracy %": 100, "in vocabulary %": 100}
+    probed = eval.predict("probe", items | {"label": torch.tensor([3, 0])}, 0, scores, answers)
+    assert probed["metrics"] == {"top-1 %": 0, "top-5 %": 100, "top-10 %": 100}
+    assert probed["answers"] == ["c", "f", "e", "d", "b"]
+
+
+def test_a_column_of_ranks_gives_its_median_and_mean_with_a_repeatable_interval():
+    ranks = [1, 1, 2, 9]
+    columns = eval.summarise([{"kind": "t", "metrics": {"rank": r}} for r in ranks])["t"]
+    assert [float(eval.average(k, v)) for k, v in columns.items()] == [1.5, 3.25]
+    low, high = eval.interval("mean rank", columns["mean rank"], 200)
+    assert 1 <= low < 3.25 < high <= 9
+    assert (low, high) == eval.interval("mean rank", columns["mean rank"], 200)
+
+
+@pytest.mark.parametrize("flags", [[], ["--rerank", "2"], ["--rerank", "99", "--clips", "3"]])
+def test_retrieval_does_not_depend_on_the_order_or_batching_of_samples(
+        flags, clips, whole_run, tmp_path):
+    lines = (clips / "retrieval.jsonl").read_text().replace('"video": "', f'"video": "{clips}/')
+    (tmp_path / "turned.jsonl").write_text("\n".join(reversed(lines.split("\n")[:-1])))
+    fine_tune("retrieval", clips / "retrieval.jsonl", tmp_path / "run", whole_run)
+    there = evaluate_here("retrieval", clips / "retrieval.jsonl", tmp_path / "run/checkpoint.pt",
+                          *flags)
+    back = evaluate_here("retrieval", tmp_path / "turned.jsonl", tmp_path / "run/checkpoint.pt",
+                         "--batch", "3", *flags)
+    assert table(there) == table(back) and len(table(there)) == 2
+    assert " 14\n" in there and " 7\n" in there        # two captions of each of the seven clips
+
+
+def test_two_processes_score_exactly_what_one_scores(clips, whole_run, tmp_path):
+    flags = ("--task", "retrieval", "--data", clips / "retrieval.jsonl", "--checkpoint",
+             whole_run / "checkpoint.pt", "--rerank", "3", "--workers", "0", "--predictions")
+    code, out, err = start("eval.py", *flags, tmp_path / "two.jsonl", processes=2)
+    assert code == 0, err                              # seven clips: two does not divide them
+    assert table(run(eval, *flags, tmp_path / "one.jsonl")[1]) == table(out)
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+    assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 14 + 7
+
+
+def test_reranking_all_is_the_order_of_vtms_matched_logit(clips, whole_run, tmp_path):
+    evaluate_here("retrieval", clips / "retrieval.jsonl", whole_run / "checkpoint.pt",
+                  "--rerank", "99", "--predictions", tmp_path / "p.jsonl")
+    best = [json.loads(line)["best"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    model, tokenizer, _ = eval.load_model(whole_run / "checkpoint.pt", say=lambda _: None)
+    manifest = data.Manifest(clips / "retrieval.jsonl")
+    samples = data.Clips(manifest, tokenizer, "retrieval", 3, 32, 40, train=False)
+    batch = data.collate([samples[i] for i in range(7)], tokenizer, 40)
+    video, ids, mask = batch["video"], batch["text_ids"], batch["text_mask"]
+    with torch.no_grad():
+        matched = torch.stack([model.eval().vtm_head(model(
+            video, ids[t].expand(7, -1), mask[t].expand(7, -1)).pooled)[:, 1] for t in range(14)])
+    assert best == matched.argmax(1).tolist() + matched.argmax(0).tolist()
+
+
+def test_retrieval_without_vtc_is_refused_and_ranked_by_vtm_instead(clips, whole_run):
+    err = evaluate_here("retrieval", clips / "retrieval.jsonl", whole_run / "checkpoint.pt", code=1)
+    assert "was not trained with VTC" in err and "--rerank" in err
+
+
+def test_false_captions_are_never_the_clips_own(clips):  # Sec. 4.2.2
+    manifest = data.Manifest(clips / "retrieval.jsonl")
+    texts = [text for i in range(7) for text in manifest[i]["texts"]]
+    tokenizer = data.Tokenizer.train(texts, 1000)
+    samples = data.Clips(manifest, tokenizer, "retrieval", 3, 32, 40, train=True, false_texts=9)
+    seen = set()
+    for draw in range(21):
+        item = samples[draw % 7, draw]
+        own = [tokenizer.encode(text, 40) for text in manifest[draw % 7]["texts"]]
+        assert item["ids"][0] in own and not any(ids in own for ids in item["ids"][1:])
+        seen.add(len(item["ids"]))
+    assert max(seen) > 5                               # as many as asked but for its own
+
+
+def test_hard_negatives_are_the_likest_captions_of_other_words():
+    ids = torch.tensor([[1, 2], [1, 2], [1, 3], [1, 4]])[:, None]        # 0 and 1 are equal
+    batch = {"text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool)}
+    text = torch.tensor([[1., 0], [1, 0], [.8, .6], [0, 1]])
+    hard = train.hard_options(batch, text, text, 2)
+    assert hard["text_ids"][0, :, 1].tolist() == [2, 3, 4]
+    assert hard["text_ids"][3, :2, 1].tolist() == [4, 3] and hard["option_mask"].all()
+    assert train.hard_options(batch, text, text, 3)["option_mask"].sum(1).tolist() == [3, 3, 4, 4]
+
+
+def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, whole_run, tmp_path):
+    fine_tune("probe", clips / "qa.jsonl", tmp_path / "run", whole_run)               # Tab. 12
+    (probed, _), (pretrained, _) = finished(tmp_path / "run"), finished(whole_run)
+    assert all(equal(probed["model"][k], v) for k, v in pretrained["model"].items())
+    new = probed["model"].keys() - pretrained["model"].keys()
+    assert new == {"answer_head.0.weight", "answer_head.0.bias"}
+    kept = tmp_path / "run" / "features.pt"
+    written = kept.stat().st_mtime_ns
+    fine_tune("probe", clips / "qa.jsonl", tmp_path / "run", whole_run, "--no-resume", "--lr", "1")
+    assert kept.stat().st_mtime_ns == written
+    changed, _ = finished(tmp_path / "run")
+    assert not equal(changed["model"]["answer_head.0.weight"],
+                     probed["model"]["answer_head.0.weight"])
+    out = evaluate_here("probe", clips / "qa.jsonl", tmp_path / "run" / "checkpoint.pt")
+    assert re.search(r"top-1 % +top-5 % +top-10 %", out) and len(table(out)) == 1
+
+
+def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run, tmp_path):
+    fine_tune("qa", clips / "qa.jsonl", tmp_path / "run", whole_run, "--val_every", "1", "--val",
+              clips / "qa.jsonl")                                                  # Sec. 4.2.1
+    content, _ = finished(tmp_path / "run")
+    answers = content["answers"]
+    assert content["model"]["answer_head.0.weight"].shape == (768, 32)
+    assert content["model"]["answer_head.2.weight"].shape == (len(answers), 768)
+    chosen = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    scores = [json.loads(line)["result"]["all"] for line in
+              (tmp_path / "run" / "log.jsonl").read_text().splitlines() if '"result"' in line]
+    assert len(scores) == 3 and chosen["state"]["best"] == max(scores)
+    assert chosen["step"] == 1 + scores.index(max(scores))          # the first of the best
+    out = evaluate_here("qa", clips / "qa.jsonl", tmp_path / "run" / "best.pt", "--clips", "3")
+    assert "3 frames x 3 views" in out and "in vocabulary %" in out and "majority %" in out
+    saved = tmp_path / "run" / f"qa-{clips.name}-qa.predictions.jsonl"
+    assert len(saved.read_text().splitlines()) == 7
+    err = evaluate_here("probe", clips / "qa.jsonl", tmp_path / "run" / "best.pt", code=1)
+    assert "fine-tune it with train.py --task probe" in err
+
+
+def test_frames_can_be_shuffled_reversed_or_repeated_to_see_what_needs_order():
+    video = torch.arange(12).view(2, 2, 3, 1, 1, 1)                      # B, views, S, 3, H, W
+    index = torch.tensor([4, 9])
+    changed = {name: eval.reorder(video, eval.EvalConfig(**{name: True}), index)[1, 0].flatten()
+               for name in ("reverse", "repeat_first", "shuffle_frames")}
+    assert changed["reverse"].tolist() == [8, 7, 6] and changed["repeat_first"].tolist() == [6] * 3
+    assert sorted(changed["shuffle_frames"].tolist()) == [6, 7, 8]
+    alone = eval.reorder(video[1:], eval.EvalConfig(shuffle_frames=True), index[1:])
+    assert alone[0, 0].flatten().tolist() == changed["shuffle_frames"].tolist()
+
+
+def test_vcrs_q_to_ar_needs_both_answers_right(clips, whole_run, tmp_path):  # Sec. 4.2.4
+    lines = (clips / "choice.jsonl").read_text().replace('"video": "', f'"video": "{clips}/')
+    lines = "".join(line for line in lines.splitlines(True) if " turns " in line)
+    (tmp_path / "qa.jsonl").write_text(lines)
+    (tmp_path / "qar.jsonl").write_text(lines.replace('"answer": 0', '"answer": 1'))
+    out = evaluate_here("choice", tmp_path / "qa.jsonl", whole_run / "checkpoint.pt",
+                        "--data", tmp_path / "qa.jsonl", tmp_path / "qar.jsonl", "--together")
+    assert re.search(r"together +0\.0 +25\.0", out), out          # right in one, wrong in the other
+    (tmp_path / "qar.jsonl").write_text("\n".join(lines.split("\n")[:5]))
+    code, _, err = run(eval, "--task", "choice", "--data", tmp_path / "qa.jsonl",
+                       tmp_path / "qar.jsonl", "--together", "--checkpoint",
+                       whole_run / "checkpoint.pt", "--workers", "0")
+    assert code == 1 and "differ in length" in err
+
+
+def test_the_papers_numbers_stand_in_the_readme_too():
+    readme = (HERE / "README.md").read_text()
+    for name, (table_name, numbers) in eval.PAPER.items():
+        row = next(line for line in readme.splitlines() if f"convert {name} " in line)
+        assert numbers["B"].split(",")[0] in row if "B" in numbers else True, name
+        assert table_name.split()[1].strip(",") in row, name

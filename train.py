@@ -1,4 +1,4 @@
-"""Trains All-in-one: pre-training (Sec. 3.3) and multiple choice (Sec. 4.2.3), one loop for both.
+"""Trains All-in-one: pre-training (Sec. 3.3) and every downstream task (Sec. 4.2), in one loop.
 
     python train.py --task pretrain                            # proof run: toy clips, two CPU cores
     torchrun --nproc_per_node=8 train.py --task pretrain --data webvid/train.jsonl   # the paper's
@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,8 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allinone import (CHOICES, VARIANTS, AllInOne, Config, load_vit, mlm_loss, read_weights,
                       vtc_loss, vtm_loss, word_patch_alignment_loss, word_patch_distance)
-from data import Batches, Clips, DataError, Manifest, Tokenizer, collate, load, mix, texts_of, toy
-from eval import (add_flags, evaluate, given_flags, load_model, peak_flops, report,
+from data import (Batches, Clips, DataError, Manifest, Tokenizer, answers_of, collate, load, mix,
+                  texts_of, toy)
+from eval import (SCORES, EvalConfig, add_flags, evaluate, given_flags, half_precision,
+                  in_all_processes, join_processes, load_model, peak_flops, read, report,
                   score_options)
 
 
@@ -46,15 +49,19 @@ class TrainConfig:
     task: str = "pretrain"                # see TASKS
     data: tuple[str, ...] = ()            # manifests to train on; none: the proof run's toy clips
     val: tuple[str, ...] = ()             # manifest scored after training
+    val_every: int = 0                    # steps; also scored then, and the best kept as best.pt
     out: str = ""                         # run folder; "": runs/<task>
     init: str = "scratch"                 # "scratch", ViT, DeiT, our or released weights
     vocab: str = "bert-base-uncased"      # or vocab.txt, tokenizer.json, "train" (from captions)
-    objectives: tuple[str, ...] = ("vtm", "mlm")   # Sec. 3.3; also vtc, wpa (release)
+    objectives: tuple[str, ...] = ("vtm", "mlm")   # Sec. 3.3; see HEADS
+    false_texts: int = 15                 # retrieval: captions that "rank" sets beside the true one
+    hard_negatives: bool = False          # ... the likest ones of the batch, by VTC
     steps: int = 200_000                  # optimiser steps; 100_000 for Ti
     epochs: int = 0                       # passes over the data; 0: count by steps
     batch: int = 0                        # clips a step on all GPUs; 0: batch_per_gpu on each
     batch_per_gpu: int = 16               # clips in one forward pass at most; 32 for Ti
     lr: float = 1e-4                      # peak
+    head_lr: float = 1.0                  # times lr, for the answer head (release: 10)
     warmup: float = 0.1                   # share of the steps (release: 2500 steps; above 1: steps)
     weight_decay: float = 1e-2            # on matrices and tables, not biases and norms (release)
     beta2: float = 0.999                  # torch's; the paper is silent (release: 0.98)
@@ -72,20 +79,35 @@ class TrainConfig:
     tensorboard: bool = False             # also write events, where tensorboard is installed
 
 
-TASKS = {  # what Sec. 4.1.2 changes for a task; fine-tuning is 20 epochs of batch 256
+FINE_TUNING = dict(epochs=20, batch=256, warmup=0.1)                    # Sec. 4.1.2
+
+TASKS = {  # what a task changes of the defaults
     "pretrain": dict(),
-    "choice": dict(objectives=("choice",), epochs=20, batch=256, warmup=0.1),   # Sec. 4.2.3
+    "retrieval": dict(objectives=("vtc", "rank"), batch_per_gpu=8, **FINE_TUNING),  # Sec. 4.2.2
+    "choice": dict(objectives=("choice",), **FINE_TUNING),              # Sec. 4.2.1, 4.2.3, 4.2.4
+    "qa": dict(objectives=("qa",), **FINE_TUNING),                      # Sec. 4.2.1
+    "probe": dict(objectives=("probe",), answer_head="linear", batch_per_gpu=256, **FINE_TUNING),
 }
 
 RECIPES = {  # --recipe release: what the authors' code does and the paper does not say
     "paper": dict(),
     "release": dict(objectives=("vtm", "mlm", "wpa"), whole_word_masking=True, beta2=0.98,
-                    warmup=2500, roll="release", roll_unimodal=False, patch_order="random"),
+                    warmup=2500, roll="release", roll_unimodal=False, patch_order="random",
+                    answer_head="release", head_lr=10.0),
 }
 
 PROOF = dict(  # no --data: toy clips and a model for two CPU cores; order comes from rolling alone
     variant="nano", image_size=48, temporal_position=False, dropout=0.0, drop_path=0.0,
     vocab="train", steps=2400, warmup=0.1, batch=16, lr=1e-3, workers=1, save_every=200)
+
+TUNED = dict(init="runs/pretrain/checkpoint.pt", batch_per_gpu=16)
+TOY = {  # the toy clips' manifests of a task, and what fine-tuning on them changes of PROOF
+    "pretrain": ("train", "choice_test", dict()),
+    "retrieval": ("train", "retrieval_test", dict(steps=300, false_texts=5, **TUNED)),
+    "choice": ("choice_train", "choice_test", dict(steps=200, **TUNED)),
+    "qa": ("qa_train", "qa_test", dict(steps=200, **TUNED)),
+    "probe": ("probe_train", "probe_test", dict(steps=600, **TUNED)),
+}
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": None}
 
@@ -93,7 +115,13 @@ WEIGHTS = {"wpa": 0.1}                    # release; every other term counts onc
 
 HEADS = {  # what each objective trains; other heads are frozen, so DDP waits for no gradient
     "vtm": ("pooler", "vtm_head"), "mlm": ("mlm_head",), "vtc": ("text_proj", "video_proj"),
-    "wpa": (), "choice": ("pooler", "vtm_head"),
+    "wpa": (), "rank": ("pooler", "vtm_head"), "choice": ("pooler", "vtm_head"),
+    "qa": ("pooler", "answer_head"), "probe": ("answer_head",),
+}
+
+OBJECTIVES = {  # those that --objectives can choose among, by task; "rank" is VTM as a ranking
+    "pretrain": ("vtm", "mlm", "vtc", "wpa"), "retrieval": ("vtc", "rank"), "choice": ("choice",),
+    "qa": ("qa",), "probe": ("probe",),
 }
 
 
@@ -105,13 +133,18 @@ class Objectives(nn.Module):
     Also returns counts {name: [right, of]} for VTM, MLM and answer accuracy.
     """
 
-    def __init__(self, model: AllInOne, objectives: tuple[str, ...]):
+    def __init__(self, model: AllInOne, objectives: tuple[str, ...], hard_negatives: int = 0):
         super().__init__()
         self.model = model
         self.objectives = objectives
+        self.hard_negatives = hard_negatives
+        if "probe" in objectives:                              # Tab. 12: nothing else moves
+            model.requires_grad_(False)
+            model.answer_head.requires_grad_(True)
         trained = {head for name in objectives for head in HEADS[name]}
         for head in {head for heads in HEADS.values() for head in heads} - trained:
-            getattr(model, head).requires_grad_(False)
+            if hasattr(model, head):
+                getattr(model, head).requires_grad_(False)
 
     def forward(self, batch: dict, words: Tensor) -> tuple[dict, dict]:
         """words: masked words per process and micro-batch, averaged over all: MLM's divisor."""
@@ -121,10 +154,16 @@ class Objectives(nn.Module):
         if "vtc" in self.objectives:
             text, video = self.unimodal(batch)
             losses["vtc"] = vtc_loss(gather(text), gather(video))
-        if "choice" in self.objectives:
-            scores = score_options(self.model, batch)                     # (B, O)
-            losses["choice"] = F.cross_entropy(scores.float(), batch["label"])
-            counts["choice"] = count_right(scores, batch["label"])
+            if self.hard_negatives:
+                batch = hard_options(batch, text, video, self.hard_negatives)
+        for name in self.objectives:
+            if name not in ("rank", *SCORES):
+                continue
+            scores = SCORES.get(name, score_options)(self.model, batch)   # (B, options or answers)
+            labels = batch["label"]                # -1: an answer that is no class teaches nothing
+            losses[name] = F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum") / len(
+                labels)
+            counts[name] = count_right(scores, labels)
         return losses, counts
 
     def _pretrain(self, batch: dict, words: Tensor, losses: dict, counts: dict) -> None:
@@ -157,7 +196,10 @@ class Objectives(nn.Module):
 
     def unimodal(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Text and video, each alone, encoded and projected: both (B, vtc_dim)."""
-        text = self.model.encode_text(batch["text_ids"], batch["text_mask"])[:, 0]
+        ids, mask = batch["text_ids"], batch["text_mask"]
+        if ids.dim() == 3:                         # retrieval: the first is the clip's own caption
+            ids, mask = ids[:, 0], mask[:, 0]
+        text = self.model.encode_text(ids, mask)[:, 0]
         video = self.model.encode_video(batch["video"])[:, 0]
         return self.model.text_proj(text), self.model.video_proj(video)
 
@@ -166,6 +208,21 @@ def count_right(logits: Tensor, labels: Tensor) -> Tensor:
     """(right, of) as a tensor of two; negative labels do not count."""
     known = labels >= 0
     return torch.stack([((logits.argmax(-1) == labels) & known).sum(), known.sum()])
+
+
+def hard_options(batch: dict, text: Tensor, video: Tensor, k: int) -> dict:
+    """The batch with, as options beside each clip's caption, the k likest others by VTC.
+
+    text, video: (B, vtc_dim) projections. A caption of the same words is no option.
+    """
+    ids, mask = batch["text_ids"][:, 0], batch["text_mask"][:, 0]         # (B, m)
+    alike = F.normalize(video.detach(), dim=-1) @ F.normalize(text.detach(), dim=-1).T
+    same = (ids[:, None] == ids).all(-1)                                  # (B, B), the diagonal too
+    best = alike.float().masked_fill(same, -torch.inf).topk(min(k, len(ids)), 1)
+    own = torch.arange(len(ids), device=ids.device)[:, None]
+    chosen = torch.cat([own, best.indices], 1)                            # (B, 1+k)
+    there = F.pad(best.values > -torch.inf, (1, 0), value=True)
+    return batch | {"text_ids": ids[chosen], "text_mask": mask[chosen], "option_mask": there}
 
 
 def gather(features: Tensor) -> Tensor:
@@ -194,22 +251,27 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
     given = given_flags(parser, argv)
     recipe, task = RECIPES[given.pop("recipe")], given.get("task", "pretrain")
     named = set(given)
-    proof = {} if given.get("data") else PROOF if task == "pretrain" else {**PROOF, "epochs": 4}
+    proof = {}
+    if not given.get("data"):
+        proof = {**PROOF, "epochs": 0, **TOY[task][2]}
     values = {**recipe, **TASKS[task], **proof, **given}
     if "steps" in given and "epochs" not in given:
         values["epochs"] = 0
     values = {**VARIANTS[values.pop("variant", "B")], **values}
     fields = Config.__dataclass_fields__
     sizes = {k: v for k, v in values.items() if k in fields}
-    given = {k: v for k, v in {**recipe, **given}.items() if k in fields}
+    given = {k: v for k, v in {**recipe, **TASKS[task], **given}.items() if k in fields}
     config = TrainConfig(**{k: v for k, v in values.items() if k not in fields})
-    if unknown := [name for name in config.objectives if name not in HEADS]:
-        raise DataError(f"--objectives {unknown[0]}: can be {', '.join(HEADS)}")
+    if unknown := [name for name in config.objectives if name not in OBJECTIVES[task]]:
+        raise DataError(f"--objectives {unknown[0]}: those of --task {task} are "
+                        f"{', '.join(OBJECTIVES[task])}")
+    if config.hard_negatives and not {"vtc", "rank"} <= set(config.objectives):
+        raise DataError("--hard_negatives needs --objectives vtc rank: VTC finds them for ranking")
+    if config.val_every and any(Path(path).stem.endswith("test") for path in config.val):
+        raise DataError(f"--val_every would choose the best checkpoint on {', '.join(config.val)}: "
+                        "give the validation split, and score the test split once, with eval.py")
     if "wpa" in config.objectives and "vtm" not in config.objectives:
         raise DataError("--objectives wpa needs vtm too: it takes VTM's matched and other pairs")
-    if ("choice" in config.objectives) != (task == "choice") or (
-            task == "choice" and len(config.objectives) > 1):
-        raise DataError(f"--objectives {' '.join(config.objectives)}: not those of --task {task}")
     if min(config.batch_per_gpu, config.log_every, config.save_every, config.steps) < 1:
         raise DataError("--batch_per_gpu, --steps, --log_every and --save_every must be 1 or more")
     if "variant" in named and config.init != "scratch" and kind_of_weights(config.init) != "vit":
@@ -299,7 +361,7 @@ def open_run(config: TrainConfig, description: dict) -> tuple[Path, dict | None]
 
 
 CHANGEABLE = {  # fields that may differ when a run goes on: they change no number
-    "out", "val", "workers", "log_every", "save_every", "resume", "tensorboard"}
+    "out", "val", "val_every", "workers", "log_every", "save_every", "resume", "tensorboard"}
 
 
 def is_log_line(line: str, steps: int) -> bool:
@@ -428,11 +490,13 @@ class Meter:
 # ---- The loop -----------------------------------------------------------------------------------
 
 def build(config: TrainConfig, sizes: dict, given: dict, tokenizer: Tokenizer | None,
-          say) -> tuple[AllInOne, Tokenizer]:
+          answers: list[str] | None, say) -> tuple[AllInOne, Tokenizer]:
     """The model by --init, with the tokenizer that goes with it.
 
     sizes: Config's fields for a new model; given: those the user named, laid over a checkpoint's.
     """
+    count = {"answers": len(answers or [])}
+    sizes, given = {**sizes, **count}, {**given, **count}
     if config.init != "scratch" and kind_of_weights(config.init) != "vit":
         model, own, _ = load_model(config.init, vocab=config.vocab, say=say, **given)
         return model, own
@@ -449,9 +513,53 @@ def batches(clips: Clips, config: TrainConfig, rank: int, world: int, start: int
     batch, size, accumulate = split_batch(config, world)
     keys = Batches(len(clips), batch, config.seed, rank, world, start, accumulate, steps)
     group = 8 if size % 8 == 0 else size   # VTM pairs: the same on any number of GPUs of whole 8s
-    together = functools.partial(collate, tokenizer=clips.tokenizer, group=group, seed=config.seed,
-                                 max_text_len=clips.max_text_len)
+    together = torch.utils.data.default_collate if isinstance(clips, Features) else (
+        functools.partial(collate, tokenizer=clips.tokenizer, group=group, seed=config.seed,
+                          max_text_len=clips.max_text_len))
     yield from load(clips, keys, together, config.workers, pin_memory=torch.cuda.is_available())
+
+
+class Features(torch.utils.data.Dataset):
+    """What a probe trains on (Tab. 12): the cls features of a manifest's clips, computed once.
+
+    They are kept in `path` and read from there as long as manifests and weights are the same.
+    Clips that cannot be read are left out and said.
+    """
+
+    def __init__(self, model: AllInOne, clips: Clips, config: TrainConfig, device: torch.device,
+                 path: Path, say):
+        weights = zlib.crc32(b"".join(
+            p.detach().cpu().numpy().tobytes() for name, p in model.named_parameters()
+            if not name.startswith("answer_head")))
+        files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in clips.manifest.paths]
+        key = json.dumps([files, weights, asdict(replace(model.config, answers=0))])
+        cache = read_weights(path) if path.exists() else {}
+        if cache.get("key") != key:
+            rows, unreadable = [], []
+            reading = EvalConfig(task="probe", batch=config.batch_per_gpu, workers=config.workers)
+            for items, (view,) in read(model.to(device).eval(), clips, reading, device, unreadable):
+                with torch.no_grad(), half_precision(device):
+                    features = model.encode_video(view["video"])[:, 0].float().cpu()   # (B, D)
+                rows += zip(items["index"].tolist(), items["label"].tolist(), items["where"],
+                            features)
+                say(f"\rfeatures of {len(rows)} clips on each process", end="")
+            rows = sorted(in_all_processes(rows), key=lambda row: row[0])
+            unreadable = in_all_processes(unreadable)
+            say(f"\rfeatures of {len(rows)} clips; unreadable: {len(unreadable)}"
+                + "".join(f"\n  {line}" for line in unreadable))
+            cache = {"key": key, "label": [row[1] for row in rows],
+                     "where": [row[2] for row in rows], "feature": torch.stack(
+                         [row[3] for row in rows])}
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                save(path, cache)
+        self.cache = cache
+
+    def __len__(self):
+        return len(self.cache["label"])
+
+    def __getitem__(self, key):
+        return {"errors": [], **{name: self.cache[name][key[0]]
+                                 for name in ("label", "where", "feature")}}
 
 
 def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
@@ -463,9 +571,9 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             toy()
         if world > 1:
             dist.barrier()
-        name = "" if config.task == "pretrain" else f"{config.task}_"
-        config = replace(config, data=(f"data/toy/{name}train.jsonl",),
-                         val=config.val or ("data/toy/choice_test.jsonl",))
+        learn, score, _ = TOY[config.task]
+        config = replace(config, data=(f"data/toy/{learn}.jsonl",),
+                         val=config.val or (f"data/toy/{score}.jsonl",))
     manifest = Manifest(config.data)
     tokenizer = None
     if config.init == "scratch" or kind_of_weights(config.init) == "vit":
@@ -473,20 +581,32 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
         tokenizer = (Tokenizer.train(texts, 30522) if config.vocab == "train"
                      else Tokenizer.load(config.vocab))
     torch.manual_seed(config.seed)
-    model, tokenizer = build(config, sizes, given, tokenizer, say)
+    answers = answers_of(config.data) if config.task in ("qa", "probe") else None
+    model, tokenizer = build(config, sizes, given, tokenizer, answers, say)
     model.recompute = config.activation_checkpointing
     c = model.config
+    drawn = config.false_texts if "rank" in config.objectives and not config.hard_negatives else 0
     clips = Clips(manifest, tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
-                  train=True, seed=config.seed, rand_augment=config.rand_augment, flip=config.flip,
-                  whole_word_masking=config.whole_word_masking)
+                  train=config.task != "probe", seed=config.seed, flip=config.flip,
+                  rand_augment=config.rand_augment, whole_word_masking=config.whole_word_masking,
+                  answers=answers, false_texts=drawn)
+    if config.task == "probe":
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        clips = Features(model, clips, config, device, Path(config.out) / "features.pt", say)
     batch, size, accumulate = split_batch(config, world)
     steps = config.epochs * math.ceil(len(clips) / batch) if config.epochs else config.steps
 
-    objectives = Objectives(model, config.objectives).to(device)
+    objectives = Objectives(model, config.objectives,
+                            config.false_texts if config.hard_negatives else 0).to(device)
     trained = [p for p in objectives.parameters() if p.requires_grad]
+    groups = {}                            # by (learning rate's factor, weight decay)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            factor = config.head_lr if name.startswith("answer_head.") else 1.0
+            groups.setdefault((factor, config.weight_decay if p.ndim > 1 else 0.0), []).append(p)
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
+        [{"params": params, "weight_decay": decay, "factor": factor}
+         for (factor, decay), params in groups.items()],
         lr=config.lr, betas=(0.9, config.beta2), fused=True)
     dtype = precision(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -508,12 +628,29 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
         state = content["state"]
         say(f"resuming {config.out} at step {state['step']}")
 
-    def checkpoint() -> None:
+    def checkpoint(name: str = "checkpoint.pt") -> None:
         if rank == 0:
-            save(folder / "checkpoint.pt", {
+            save(folder / name, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "state": state, "step": state["step"],
-                "config": about["config"], "sizes": asdict(c), "tokenizer": tokenizer.to_json()})
+                "config": about["config"], "sizes": asdict(c), "tokenizer": tokenizer.to_json(),
+                "answers": answers})
+
+    def validate() -> None:
+        """Scores --val; the best so far is kept where --val_every asks for choosing."""
+        scoring = EvalConfig(
+            task="choice" if config.task == "pretrain" else config.task, data=config.val,
+            batch=32, workers=config.workers,      # without VTC: rank all pairs by the joint pass
+            rerank=10 ** 9 if config.objectives == ("rank",) else 0)
+        result = evaluate(model, tokenizer, scoring, device, answers)
+        model.train()
+        first = [next(iter(p["metrics"].values())) for p in result["predictions"]]
+        score = sum(first) / max(1, len(first))
+        if rank == 0:
+            meter.note(step=state["step"], result=report(result, scoring, c, say))
+        if config.val_every and score > state.get("best", -math.inf):
+            state["best"] = score
+            checkpoint("best.pt")
 
     wrapped = objectives
     if config.compile:
@@ -532,7 +669,7 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
     for step in range(state["step"], steps):                   # where are we
         lr = lr_at(step, steps, config.lr, config.warmup)      # the learning rate
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         with meter.waiting():                                  # which batch
             micros = [next(micro_batches) for _ in range(accumulate)]
         torch.manual_seed(mix(config.seed, step, rank))        # dropout: a function of these three
@@ -586,30 +723,25 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             meter.note(step=step + 1, unreadable=failures)
         meter.add(state, values, lr)                           # log one line
         check_unreadable(state, failures)
+        if config.val_every and state["step"] % config.val_every == 0 and state["step"] < steps:
+            validate()
         if state["step"] % config.save_every == 0 or state["step"] == steps or stop:   # save
             checkpoint()
         if stop:
             say(f"\nstopped by SIGTERM after step {step + 1}; the same command goes on from here")
             return
     if config.val:
-        result = evaluate(model, tokenizer, config.val, device, workers=config.workers)
-        if rank == 0:
-            meter.note(result=report(result, config.val, say))
+        validate()
 
 
 def main(argv: list[str] | None = None) -> None:
     config, sizes, given = configure(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    rank, world, device = join_processes(cuda)
     if cuda:
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:                                  # leave the decoding processes their cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.workers))
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        torch.set_num_threads(max(1, torch.get_num_threads() - config.workers))
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_, **__: None
     try:
         train(config, sizes, given, rank, world, device, say)
