@@ -30,6 +30,8 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # several processes share few cores here
+
 import av
 import numpy as np
 import pytest
