@@ -69,7 +69,8 @@ class TrainConfig:
     rand_augment: bool = False            # torchvision's RandAugment
     flip: bool = False                    # horizontal, never where words say left or right
     precision: str = "auto"               # fp16 (paper), bf16, fp32 (TF32 on GPUs); auto: bf16
-    compile: bool = False                 # torch.compile of the transformer
+    compile: bool = False                 # torch.compile of the blocks (97 % of B's arithmetic)
+    freeze: tuple[str, ...] = ()          # parts that stay as they are: blocks.0 text_embeddings
     activation_checkpointing: bool = False  # recompute blocks in backward: L at 16 clips in 80 GB
     workers: int = 8                      # decoding processes for each GPU
     seed: int = 0
@@ -149,13 +150,14 @@ class Objectives(nn.Module):
     def forward(self, batch: dict, words: Tensor) -> tuple[dict, dict]:
         """words: masked words per process and micro-batch, averaged over all: MLM's divisor."""
         losses, counts = {}, {}
-        if "mlm" in self.objectives or "vtm" in self.objectives:
-            self._pretrain(batch, words, losses, counts)
-        if "vtc" in self.objectives:
+        if "vtc" in self.objectives:           # first, so that contrast() can repeat its dropout
             text, video = self.unimodal(batch)
-            losses["vtc"] = vtc_loss(gather(text), gather(video))
+            losses["vtc"] = (feed_back(text, video, *batch["contrast"]) if "contrast" in batch
+                             else vtc_loss(gather(text), gather(video)))
             if self.hard_negatives:
                 batch = hard_options(batch, text, video, self.hard_negatives)
+        if "mlm" in self.objectives or "vtm" in self.objectives:
+            self._pretrain(batch, words, losses, counts)
         for name in self.objectives:
             if name not in ("rank", *SCORES):
                 continue
@@ -226,10 +228,46 @@ def hard_options(batch: dict, text: Tensor, video: Tensor, k: int) -> dict:
 
 
 def gather(features: Tensor) -> Tensor:
-    """Rows of all W processes, with gradients (VTC's negatives): (B, .) -> (W*B, .)."""
+    """Rows of all W processes, with gradients (VTC's negatives): (B, .) -> (sum of B, .).
+
+    Where clips could not be read, B differs between processes. The gradient is W times the loss's,
+    for DDP divides by W.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
-    return torch.cat(dist_grad.all_gather(features))
+    sizes = [torch.tensor(0, device=features.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor(len(features), device=features.device))
+    sizes = [int(size) for size in sizes]
+    parts = dist_grad.all_gather(F.pad(features, (0, 0, 0, max(sizes) - len(features))))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+@torch.no_grad()
+def contrast(objectives: Objectives, batches: list[dict], seeds: list[int]) -> list[tuple]:
+    """VTC among all passes of a step, as GradCache does (Gao et al. 2021, arXiv:2101.06983).
+
+    A first pass without gradient encodes every micro-batch; only the features are kept. For each
+    micro-batch returns (loss, gradient of its text features, of its video features), which
+    feed_back takes in the second pass; `seeds` make both passes draw the same dropout.
+    """
+    pairs = []
+    for batch, seed in zip(batches, seeds):
+        torch.manual_seed(seed)
+        pairs.append(objectives.unimodal(batch))
+    with torch.enable_grad():
+        text, video = (torch.cat(side).float().requires_grad_() for side in zip(*pairs))
+        loss = vtc_loss(gather(text), gather(video))
+        # times the passes: train() divides every loss by their number
+        gradients = torch.autograd.grad(loss * len(batches), (text, video))
+    sizes = [len(text) for text, _ in pairs]
+    return [(loss.detach(), *parts) for parts in zip(*(g.split(sizes) for g in gradients))]
+
+
+def feed_back(text: Tensor, video: Tensor, loss: Tensor, text_grad: Tensor,
+              video_grad: Tensor) -> Tensor:
+    """`loss`, through which the features (B, vtc_dim) get the gradients that contrast() found."""
+    fed = (text.float() * text_grad).sum() + (video.float() * video_grad).sum()
+    return loss + (fed - fed.detach())
 
 
 # ---- Configuration ------------------------------------------------------------------------------
@@ -284,11 +322,9 @@ def split_batch(config: TrainConfig, world: int) -> tuple[int, int, int]:
     batch = config.batch or config.batch_per_gpu * world
     if batch % world:
         raise DataError(f"--batch {batch} does not divide among {world} processes: use a multiple")
-    accumulate = math.ceil(batch // world / config.batch_per_gpu)
-    if batch // world % accumulate:
-        raise DataError(f"{batch // world} clips per process do not divide into {accumulate} equal "
-                        f"passes of at most --batch_per_gpu {config.batch_per_gpu}")
-    return batch, batch // world // accumulate, accumulate
+    share = batch // world
+    size = next(n for n in range(min(share, config.batch_per_gpu), 0, -1) if share % n == 0)
+    return batch, size, share // size
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -508,11 +544,43 @@ def build(config: TrainConfig, sizes: dict, given: dict, tokenizer: Tokenizer | 
     return model, tokenizer
 
 
+def freeze(model: AllInOne, parts: tuple[str, ...]) -> None:
+    """Excludes the parameters of the named modules from training: "blocks.0", "patch_embed".
+
+    Raises DataError for a name that the model does not have.
+    """
+    for part in parts:
+        named = [p for name, p in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        if not named:
+            names = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
+            raise DataError(f"--freeze {part}: no such part; there are {', '.join(names)}, and "
+                            f"blocks.0 to blocks.{model.config.depth - 1}")
+        for parameter in named:
+            parameter.requires_grad_(False)
+
+
+def compiled(function, device: torch.device):
+    """torch.compile of the whole of `function`; DataError where the machine has no compiler.
+
+    Text lengths differ: the second one met makes torch take the length as a variable, and from
+    then on nothing is compiled again.
+    """
+    probe = functools.partial(torch.add, alpha=time.time())  # new each time: not in torch's cache
+    try:
+        torch.compile(probe)(torch.ones(2, device=device), torch.ones(2, device=device))
+    except Exception as error:             # whatever a missing compiler makes torch raise
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"--compile: torch cannot compile here ({reason}); it needs a C++ compiler "
+                        "(apt install g++), on GPUs Triton too; or leave --compile out") from error
+    return torch.compile(function, fullgraph=True)
+
+
 def batches(clips: Clips, config: TrainConfig, rank: int, world: int, start: int, steps: int):
     """This process's micro-batches from optimiser step `start` on (see data.Batches, data.load)."""
     batch, size, accumulate = split_batch(config, world)
     keys = Batches(len(clips), batch, config.seed, rank, world, start, accumulate, steps)
-    group = 8 if size % 8 == 0 else size   # VTM pairs: the same on any number of GPUs of whole 8s
+    # VTM pairs are drawn within 8 (4, 2) neighbours: as many as make up a pass of any layout
+    group = math.gcd(size, 8) if size % 2 == 0 else size
     together = torch.utils.data.default_collate if isinstance(clips, Features) else (
         functools.partial(collate, tokenizer=clips.tokenizer, group=group, seed=config.seed,
                           max_text_len=clips.max_text_len))
@@ -598,6 +666,7 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
 
     objectives = Objectives(model, config.objectives,
                             config.false_texts if config.hard_negatives else 0).to(device)
+    freeze(model, config.freeze)
     trained = [p for p in objectives.parameters() if p.requires_grad]
     groups = {}                            # by (learning rate's factor, weight decay)
     for name, p in model.named_parameters():
@@ -654,14 +723,15 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
 
     wrapped = objectives
     if config.compile:
-        model.transform = torch.compile(model.transform)
+        model.transform = compiled(model.transform, device)
     if world > 1:
         wrapped = DistributedDataParallel(objectives, gradient_as_bucket_view=True)
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     parameters = sum(p.numel() for p in trained)
     say(f"{config.task}: {parameters / 1e6:.1f} M trained parameters, {len(clips)} samples, "
-        f"{steps} steps of {batch} clips, {str(dtype)[6:]}, on {world} x {device.type}; "
+        f"{steps} steps of {batch} clips in {accumulate} x {world} passes of {size}, "
+        f"{str(dtype)[6:]}, on {world} x {device.type}; "
         f"log and checkpoint in {config.out}")
     meter = Meter(config, device, rank, folder, batch, steps, world, say)
 
@@ -672,22 +742,29 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             group["lr"] = lr * group["factor"]
         with meter.waiting():                                  # which batch
             micros = [next(micro_batches) for _ in range(accumulate)]
-        torch.manual_seed(mix(config.seed, step, rank))        # dropout: a function of these three
         words = sum(int((m["mlm_labels"] >= 0).sum()) for m in micros if "mlm_labels" in m)
         failed = sum(len(m["errors"]) for m in micros)
         tally = torch.tensor([words, failed, len(stopping)], dtype=torch.float32, device=device)
         if world > 1:
             dist.all_reduce(tally)
         words = tally[0].clamp(min=1) / (world * accumulate)
+        inputs = [{k: v.to(device, non_blocking=True) for k, v in micro.items()
+                   if isinstance(v, Tensor)} for micro in micros]
+        seeds = [mix(config.seed, step, rank, i) for i in range(accumulate)]       # of dropout
+        autocast = functools.partial(torch.autocast, device.type, dtype,
+                                     enabled=dtype is not torch.float32)
+        if accumulate > 1 and "vtc" in config.objectives:
+            with autocast():
+                found = contrast(objectives, inputs, seeds)
+            inputs = [{**batch, "contrast": one} for batch, one in zip(inputs, found)]
         values = {}
-        for i, micro in enumerate(micros):                     # which losses
-            inputs = {k: v.to(device, non_blocking=True) for k, v in micro.items()
-                      if isinstance(v, Tensor)}
+        for i in range(accumulate):                            # which losses
+            torch.manual_seed(seeds[i])
             wait = world > 1 and i < accumulate - 1            # DDP averages at the last pass only
             counter = contextlib.nullcontext() if meter.flops else FlopCounterMode(display=False)
             with wrapped.no_sync() if wait else contextlib.nullcontext(), counter:
-                with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                    losses, counts = wrapped(inputs, words)
+                with autocast():
+                    losses, counts = wrapped(inputs[i], words)
                 total = sum(WEIGHTS.get(name, 1) * loss for name, loss in losses.items())
                 scaler.scale(total / accumulate).backward()
             if not meter.flops:
