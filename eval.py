@@ -83,7 +83,9 @@ def load_model(path, vocab: str = "bert-base-uncased", say=print,
         tokenizer = Tokenizer.from_json(content["tokenizer"])
     else:
         model, report = load_release(path, **overrides)
-        tokenizer, content = Tokenizer.load(vocab), {}
+        tokenizer = Tokenizer.load(vocab)
+        vtc = "text_proj.weight" in report["loaded"]               # fine-tuned for retrieval
+        content = {"config": {"objectives": ("vtc",) if vtc else ()}}
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(f"{vocab} has {len(tokenizer)} words, not {model.config.vocab_size}: "
                              "give --vocab the vocabulary it was trained with (bert-base-uncased)")
@@ -328,6 +330,8 @@ def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: t
             rows.append((index, items["where"][i], video[i].cpu(), text[own].cpu(),
                          [ids[t] for t in own]))
     rows = sorted(in_all_processes(rows), key=lambda row: row[0])
+    if not rows:
+        return []
     owner = torch.tensor([v for v, row in enumerate(rows) for _ in row[4]])           # (T,)
     ids = [words for row in rows for words in row[4]]
     first = {}

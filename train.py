@@ -559,6 +559,19 @@ def freeze(model: AllInOne, parts: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
+def adamw(model: AllInOne, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW [27] over what is trained; its groups differ in weight decay and in lr's "factor"."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            factor = config.head_lr if name.startswith("answer_head.") else 1.0
+            groups.setdefault((factor, config.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay, "factor": factor}
+         for (factor, decay), params in groups.items()],
+        lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+
 def compiled(function, device: torch.device):
     """torch.compile of the whole of `function`; DataError where the machine has no compiler.
 
@@ -602,7 +615,7 @@ class Features(torch.utils.data.Dataset):
         files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in clips.manifest.paths]
         key = json.dumps([files, weights, asdict(replace(model.config, answers=0))])
         cache = read_weights(path) if path.exists() else {}
-        if cache.get("key") != key:
+        if not all(in_all_processes([cache.get("key") == key])):
             rows, unreadable = [], []
             reading = EvalConfig(task="probe", batch=config.batch_per_gpu, workers=config.workers)
             for items, (view,) in read(model.to(device).eval(), clips, reading, device, unreadable):
@@ -668,15 +681,7 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
                             config.false_texts if config.hard_negatives else 0).to(device)
     freeze(model, config.freeze)
     trained = [p for p in objectives.parameters() if p.requires_grad]
-    groups = {}                            # by (learning rate's factor, weight decay)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            factor = config.head_lr if name.startswith("answer_head.") else 1.0
-            groups.setdefault((factor, config.weight_decay if p.ndim > 1 else 0.0), []).append(p)
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "weight_decay": decay, "factor": factor}
-         for (factor, decay), params in groups.items()],
-        lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    optimizer = adamw(model, config)
     dtype = precision(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     about = {"config": {**asdict(config), **asdict(c), "batch": batch}, "steps": steps,
