@@ -472,7 +472,7 @@ def report(result: dict, config: EvalConfig, model: Config, say=print) -> dict[s
     frames = f"{model.frames} frames" + (f" x {config.clips} views" if config.clips > 1 else "")
     say(f"\n{config.task} on {', '.join(map(str, paths))}; split: "
         f"{', '.join(path.stem for path in paths)}; {frames}"
-        + (f"; re-ranked: the best {config.rerank}" if config.rerank else "")
+        + (f"; VTM ranks the best {min(config.rerank, result['samples'])}" if config.rerank else "")
         + "".join(f"; FRAMES CHANGED: {name}" for name in orders))
     kinds, first = summarise(result["predictions"]), {}
     header = list(dict.fromkeys(name for columns in kinds.values() for name in columns))
