@@ -18,7 +18,6 @@ import ast
 import bisect
 import collections
 import colorsys
-import concurrent.futures
 import cProfile
 import csv
 import difflib
@@ -1207,61 +1206,59 @@ def check(manifest, workers=2, timeout=60, frames=3, tokenizer=None, max_text_le
 
 
 def bench(files, frames=3, side=short_side(224), repeats=5, gpu=400):
-    """Clips per CPU-second of `decode`, of decoding everything, and of decord where installed.
+    """Clips per CPU-second of `decode`, of decoding every frame, and of decord where installed.
 
     Each reads the same `frames` random segment frames at the same size from the same files, turn by
-    turn, each in a process of its own so that no one's threads run on another's time. CPU seconds
-    of the whole process, not wall time: a loader's workers share their cores. gpu: clips per second
-    that one GPU trains on, for the number of cores that feed it. Prints one line a reader.
+    turn. CPU seconds of all threads, not wall time: a loader's workers share their cores. The
+    shares of our time come from further turns under a profiler, whose own cost the figures lack.
+    gpu: clips per second that one GPU trains on, for the number of cores that feed it.
     """
-    readers = {"decode (exact, sparse)": _read_sparsely, "PyAV, every frame": _read_everything}
+    readers = {"decode (exact, sparse)": _read_sparsely, "every frame to RGB": _read_everything,
+               "every frame to RGB, scaled": partial(_read_everything, scale_all=True)}
     if importlib.util.find_spec("decord"):
         readers["decord, one thread"] = _read_with_decord
-    spawn, spent = multiprocessing.get_context("spawn"), {name: [] for name in readers}
-    pools = {name: concurrent.futures.ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,))
-             for name in readers}                           # one thread, as in a loader's worker
+    spent = {name: [] for name in readers}
+    profile = cProfile.Profile(time.process_time)
     for path in files:
         counted = []
         size = decode(path, lambda n: counted.append(n) or [0], side).shape[2:]
         for turn in range(-1, repeats):                     # turn -1 warms caches up
             picked = sample_frames(counted[-1], frames, True)
             for name in random.sample(list(readers), len(readers)):
-                if turn < 1 or readers[name] is not _read_everything:       # slow, and steady
-                    parts = pools[name].submit(_timed, readers[name], path, picked, size).result()
-                    spent[name] += [parts] if turn >= 0 else []
-    for name, parts in spent.items():
-        total, opening, scaling = np.mean(parts, 0)
-        print(f"{name:24} {1 / total:7.2f} clips per CPU-second, {gpu * total:5.1f} cores feed "
-              f"{gpu:g} clips/s", end="")
-        print(f"; open and seek {opening / total:.0%}, decode "
-              f"{1 - (opening + scaling) / total:.0%}, scale {scaling / total:.0%}" * bool(opening))
-
-
-def _timed(reader, *task):
-    """(CPU seconds of reader(*task), those spent opening and seeking, those spent scaling)."""
-    began = time.process_time()
-    opening, scaling = reader(*task) or (0, 0)
-    return time.process_time() - began, opening, scaling
+                if turn > 0 and name.startswith("every frame"):
+                    continue                                # slow, and the same whatever is picked
+                began = time.process_time()
+                readers[name](path, picked, size)
+                if turn >= 0:
+                    spent[name].append(time.process_time() - began)
+            profile.runcall(_read_sparsely, path, picked, size)
+    for name, seconds in spent.items():
+        mean = np.mean(seconds)
+        print(f"{name:28} {1 / mean:7.2f} clips per CPU-second, {gpu * mean:6.1f} cores feed "
+              f"{gpu:g} clips/s, {mean / np.mean(spent['decode (exact, sparse)']):5.2f}x our time")
+    profile.create_stats()
+    total = {name: 0 for name in ("_read_sparsely", "pixels", "_open", "_even_times",
+                                  "_packet_times", "<method 'seek'>")}
+    for (_, _, name), (_, _, _, cumulative, _) in profile.stats.items():
+        name = re.sub(r"<method 'seek' of .*", "<method 'seek'>", name)
+        if name in total:
+            total[name] += cumulative
+    whole, scaling, *opening = (seconds / total["_read_sparsely"] for seconds in total.values())
+    print(f"our time: open and seek {sum(opening):.0%}, scale {scaling:.0%}, "
+          f"decode {whole - scaling - sum(opening):.0%}")
 
 
 def _read_sparsely(path, picked, size):
-    profile, opening, scaling = cProfile.Profile(time.process_time), 0, 0
-    profile.runcall(decode, path, lambda n: picked, min(size))
-    profile.create_stats()
-    for (_, _, name), (_, _, _, cumulative, _) in profile.stats.items():
-        if name in ("_open", "_even_times", "_packet_times") or "'seek'" in name:
-            opening += cumulative
-        elif name == "pixels":
-            scaling += cumulative
-    return opening, scaling
+    decode(path, lambda n: picked, min(size))
 
 
-def _read_everything(path, picked, size):
-    # The usual way: PyAV's defaults, every frame to RGB, then keep and scale a few.
+def _read_everything(path, picked, size, scale_all=False):
+    # The usual ways, with PyAV's defaults: every frame to RGB and some scaled, or all scaled.
+    shape = dict(height=size[0], width=size[1]) if scale_all else {}
     with av.open(str(path), **OPEN) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        frames = [frame.to_ndarray(format="rgb24", **shape) for frame in container.decode(video=0)]
     clip = torch.stack([torch.from_numpy(frames[k]).permute(2, 0, 1) for k in picked])
-    v2.functional.resize(clip, list(size))
+    return clip if scale_all else v2.functional.resize(clip, list(size))
 
 
 def _read_with_decord(path, picked, size):
@@ -1835,6 +1832,7 @@ def main():
         vocab = args.pop("vocab")
         check(**args, tokenizer=Tokenizer.load(vocab) if vocab else None)
     elif command == "bench":
+        torch.set_num_threads(1)                            # as in a loader's worker
         bench(**args)
 
 
