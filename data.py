@@ -249,10 +249,9 @@ IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 # A frame of these that no other frame refers to is known by its header and may be left undecoded.
 SKIPPABLE = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
 WHOLE_FROM_FIRST = {"gif", "apng"}      # each frame is painted over the last, whatever its flags
-AV_VERSION = int(av.__version__.split(".")[0])
-OPEN = {} if AV_VERSION >= 19 else {"metadata_errors": "ignore"}       # titles not in UTF-8
+# PyAV before 19 refuses titles that are not UTF-8 unless told; 19 has no such argument.
+OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 TRUNCATED = "the file is truncated or damaged; fetch or encode it again"
-ONE_THREAD = {"threads": 1} if AV_VERSION >= 17 else {}                # 17 made all cores default
 
 
 class _NoPlan(Exception):
@@ -318,7 +317,7 @@ class _Scaler:
             scale = (self.short_side or short) / short
             self.size = round(frame.width * scale), round(frame.height * scale)
         rgb = self.reformatter.reformat(frame, *self.size, format="rgb24",
-                                        interpolation=Interpolation.BILINEAR, **ONE_THREAD)
+                                        interpolation=Interpolation.BILINEAR, threads=1)
         upright = np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))
         return torch.from_numpy(upright).permute(2, 0, 1)
 
@@ -328,7 +327,7 @@ def _decode_planned(path, plan, pick, short_side, start, end):
     scaler, found = _Scaler(short_side), {}
     with _open(path) as container:
         stream = _video_stream(container, path)
-        entries = getattr(stream, "index_entries", ())                  # from PyAV 17
+        entries = stream.index_entries
         if len(entries) and entries[-1].pos + entries[-1].size > os.path.getsize(path):
             raise Unreadable(path, TRUNCATED)
         times, keys = plan(container, stream, path, start, end)
@@ -353,7 +352,7 @@ def _even_times(container, stream, path, start, end):
     The table holds decoding times; where they are even so are the times of presentation, a shift
     later. Should a file be odd enough to differ, no frame has the time sought and the plan fails.
     """
-    entries = list(getattr(stream, "index_entries", ()))
+    entries = list(stream.index_entries)
     if (start is not None or end is not None or not entries or len(entries) != stream.frames
             or _guessed_times(container, stream)):
         raise _NoPlan
@@ -891,12 +890,12 @@ def guarded(function, tasks, workers, timeout):
     reason is None, or what became of the process or the error raised, result then being None:
     nothing that a file does to its reader stops the others.
     """
-    spawn, tasks, staff = multiprocessing.get_context("spawn"), iter(tasks), {}
+    context, tasks, staff = _fresh_processes(), iter(tasks), {}
     try:
         while True:
             while len(staff) < workers and (task := next(tasks, None)) is not None:
-                pipe, theirs = spawn.Pipe()
-                process = spawn.Process(target=_serve, args=(function, theirs), daemon=True)
+                pipe, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(function, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 staff[pipe] = process, task, None       # no deadline: it has yet to import torch
@@ -928,6 +927,18 @@ def guarded(function, tasks, workers, timeout):
     finally:
         for process, *_ in staff.values():
             process.kill()
+
+
+def _fresh_processes():
+    """A context whose processes inherit none of our threads or locks, as forked ones would.
+
+    Where there is a fork server, it imports torch once for all of them: 0.2 s a process, not 4.
+    """
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "tokenizers", "av"])
+    return context
 
 
 def _serve(function, pipe):
@@ -1225,7 +1236,7 @@ def bench(files, frames=3, side=short_side(224), repeats=5, gpu=400):
         for turn in range(-1, repeats):                     # turn -1 warms caches up
             picked = sample_frames(counted[-1], frames, True)
             for name in random.sample(list(readers), len(readers)):
-                if turn > 0 and name.startswith("every frame"):
+                if turn % 3 and name.startswith("every frame"):
                     continue                                # slow, and the same whatever is picked
                 began = time.process_time()
                 readers[name](path, picked, size)
@@ -1702,22 +1713,18 @@ def _samples(reader, source):
                         f"{_about(reader)}") from error
 
 
-def convert(name, annotations, videos, out, holdout=0.0):
+def convert(name, annotations, videos, out):
     """Writes OUT/{train,val,test}.jsonl, and OUT/answers.json, of data set `name`.
 
     annotations: files, or folders that hold them, as published. videos: the folder of the clips,
     at any depth. Clips that are not there and samples without text are left out, counted and
-    named: half a download is half a manifest. holdout: the share of training videos that becomes
-    val.jsonl, for a data set that has no val. answers.json: the commonest training answers first
+    named: half a download is half a manifest. answers.json: the commonest training answers first
     (Sec. 4.2.1), ties by first appearance, of the whole annotation whatever the download holds.
     """
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
     reader, splits, pattern, keep = DATASETS[name]
     theirs = {split.partition("=")[0]: split.rpartition("=")[2] for split in splits.split()}
-    if holdout and ("val" in theirs or "train" not in theirs):
-        raise DataError(f"{name} has the splits {', '.join(theirs)}; --holdout is for one that has "
-                        "train but no val")
     for path in [*annotations, videos]:
         if not os.path.exists(path):
             raise DataError(f"{path}: no such file or folder")
@@ -1742,10 +1749,9 @@ def convert(name, annotations, videos, out, holdout=0.0):
         return next((paths[key] for key in keys if key in paths), None)
 
     os.makedirs(out, exist_ok=True)
-    for split in [*theirs, "val"] if holdout else theirs:
-        origin = split if split in theirs else "train"             # val is held out of train
-        forms = pattern.replace("SPLIT", SPELT.get(theirs[origin], theirs[origin]))
-        source = Source(find(forms), origin, find, clip)
+    for split, name_there in theirs.items():
+        forms = pattern.replace("SPLIT", SPELT.get(name_there, name_there))
+        source = Source(find(forms), split, find, clip)
         if not source.paths:
             print(f"{split}: no annotation file is named like {forms}")
             continue
@@ -1755,9 +1761,6 @@ def convert(name, annotations, videos, out, holdout=0.0):
             for names, sample in _samples(reader, source):
                 if split == "train" and keep:
                     answers[sample["answer"]] += 1
-                held = zlib.crc32(_stem(names[0]).encode()) < holdout * 2 ** 32
-                if holdout and origin == "train" and held != (split == "val"):
-                    continue
                 path = clip(*names)
                 if path is None:
                     missing[names[0]] += 1
@@ -1807,8 +1810,6 @@ def main():
                          help="its annotation files, or folders of them")
     command.add_argument("--videos", required=True, metavar="DIR", help="the folder of its clips")
     command.add_argument("--out", required=True, metavar="DIR", help="where the manifests go")
-    command.add_argument("--holdout", type=float, default=0.0, metavar="SHARE",
-                         help="of the training videos, for val.jsonl if the data set has no val")
     command = commands.add_parser("check", help="decode every sample of a manifest, report, clean")
     command.add_argument("manifest")
     command.add_argument("--workers", type=int, default=os.cpu_count())
