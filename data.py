@@ -588,6 +588,8 @@ class Tokenizer:
         """A local vocab.txt or tokenizer.json, else a Hugging Face name, fetched. DataError."""
         path = Path(name)
         try:
+            if not path.is_file() and path.suffix in (".txt", ".json"):
+                raise FileNotFoundError("no such file")         # a file's name: not worth fetching
             if not path.is_file():
                 words = WordPieces.from_pretrained(str(name))
             elif path.suffix == ".json":
