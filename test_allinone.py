@@ -49,6 +49,8 @@ from data import (DATASETS, Batches, Clips, DataError, Manifest, Tokenizer, Unre
 from eval import count_macs, count_parameters
 
 HERE = Path(__file__).parent
+FULL = os.environ.get("FULL") == "1"            # at the sizes that the README states, not smaller
+on_linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
 TINY = Config(width=32, depth=3, heads=2, image_size=64, vocab_size=50, max_text_len=8,
               temporal_position=False, dropout=0.0, drop_path=0.0)
 
@@ -677,7 +679,7 @@ def every_frame(path, short_side=None):
             h, w = frame.height, frame.width
             s = short_side / min(h, w) if short_side else 1
             rgb = frame.reformat(round(w * s), round(h * s), "rgb24", interpolation="BILINEAR",
-                                 **data.ONE_THREAD).to_ndarray()
+                                 threads=1).to_ndarray()
             upright = np.rot90(rgb, frame.rotation // 90).copy()
             frames.append(torch.from_numpy(upright).permute(2, 0, 1))
     return torch.stack(frames)
@@ -824,30 +826,46 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
         assert name in str(caught.value)
 
 
-def test_sixty_corruptions_of_real_clips_never_crash_hang_or_leak(tmp_path):
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2 ** 20
-    whole = [film(tmp_path / name, **options) for name, options in (
-        ("a.mp4", X264), ("b.webm", dict(codec="libvpx", deadline="realtime", cpu_used="8")),
-        ("c.avi", dict(codec="mpeg4", bf="2")), ("d.gif", dict(codec="gif", pix_fmt="rgb8", n=20)))]
-    outcomes = []
-    for turn in range(60):
+def memory(kind) -> float:
+    """MiB of this process: "Rss" resident, "Pss" with shared pages divided among their sharers."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(rf"^{kind}: +(\d+) kB", rollup, re.M)[1]) / 1024
+
+
+@on_linux
+def test_fuzzed_clips_never_crash_hang_or_leak(tmp_path):
+    whole = [film(tmp_path / f"a{i}.{name}", **options) for i, (name, options) in enumerate([
+        ("mp4", X264), ("mkv", X264), ("webm", dict(codec="libvpx", deadline="realtime")),
+        FILMS["VP9"], FILMS["AV1"], FILMS["HEVC, open GOPs"], ("avi", dict(codec="mpeg4", bf="2")),
+        ("gif", dict(codec="gif", pix_fmt="rgb8", n=20))])]
+    outcomes, slowest = collections.Counter(), 0.0
+    turns = 1000 if FULL else 80
+    for turn in range(turns):
         random = np.random.default_rng(turn)
-        content = bytearray(whole[turn % 4].read_bytes())
+        original = whole[turn % len(whole)]
+        content = bytearray(original.read_bytes())
         at, length = int(random.integers(len(content))), int(random.integers(1, 3000))
         noise = random.bytes(length)
-        content[at:at + length] = [
+        content[at:at + length] = [                  # overwritten, cut out, zeroed, inserted, gone
             noise, b"", bytes(length), noise * 2, content[at:at + 1]][turn % 5]
-        broken = tmp_path / f"broken{whole[turn % 4].suffix}"
-        broken.write_bytes(content)
+        broken = tmp_path / f"broken{original.suffix}"
+        broken.write_bytes(content[:at] if turn % 10 == 9 else content)              # or truncated
+        began = time.process_time()
+        signal.alarm(120)                                         # a hang ends the whole test run
         try:
             decode(broken, lambda n: sample_frames(n, 3, False), 48)
-            outcomes.append("read")
+            outcomes["read"] += 1
         except Unreadable:
-            outcomes.append("unreadable")
-        if turn == 20:
-            before = resident()
-    assert outcomes.count("unreadable") > 15 and resident() - before < 30
+            outcomes["unreadable"] += 1
+        signal.alarm(0)
+        slowest = max(slowest, time.process_time() - began)
+        if turn == turns // 4:                                    # every decoder has been at work
+            before = memory("Rss")
+    grown = memory("Rss") - before
+    print(f"{turns} corruptions: {dict(outcomes)}, slowest {slowest:.2f} CPU-s, "
+          f"grown {grown:.1f} MiB")
+    assert min(outcomes["read"], outcomes["unreadable"]) > turns / 5
+    assert slowest < 10 and grown < 30
 
 
 def test_sampled_frames_cover_every_frame_of_every_segment():             # Sec. 3.1
@@ -878,6 +896,46 @@ def test_a_manifest_is_indexed_once_and_again_when_it_changes(tmp_path):
     assert len(both) == 102
     assert both[101]["where"] == f"{path}:51" and both[51]["where"] == f"{path}:1"
     assert pickle.loads(pickle.dumps(both))[101] == both[101]
+
+
+class Visits(torch.utils.data.Dataset):
+    """Item i reads 500 lines of a manifest in shuffled order: (process, MiB before, MiB after)."""
+
+    def __init__(self, manifest):
+        self.manifest = manifest
+
+    def __getitem__(self, i):
+        before = memory("Pss")
+        for k in range(500 * i, 500 * (i + 1)):
+            line = shuffled(k % len(self.manifest), len(self.manifest), seed=0)
+            assert self.manifest[line]["text"].startswith(f"caption {line} ")
+        return os.getpid(), before, memory("Pss")
+
+
+@on_linux
+def test_five_million_lines_cost_neither_time_nor_memory(tmp_path):
+    lines, workers = (5_000_000, 8) if FULL else (200_000, 2)
+    path = tmp_path / "m.jsonl"
+    with open(path, "w") as file:
+        file.writelines(f'{{"video": "clips/{i:08}.mp4", "text": "caption {i} of a clip, which is '
+                        f'about as long as those that people write"}}\n' for i in range(lines))
+    began = time.process_time()
+    Manifest(path)
+    rate = path.stat().st_size / 1e6 / (time.process_time() - began)
+    began = time.perf_counter()
+    manifest = Manifest(path)
+    opening = time.perf_counter() - began
+    loader = torch.utils.data.DataLoader(Visits(manifest), batch_size=None,
+                                         sampler=range(10 * workers), num_workers=workers)
+    first, last = {}, {}
+    for process, before, after in loader:
+        first.setdefault(process, before)
+        last[process] = after
+    grown = max(last[process] - first[process] for process in first)
+    print(f"{lines} lines, {path.stat().st_size / 1e6:.0f} MB: indexed at {rate:.0f} MB per CPU-s,"
+          f" opened in {opening:.4f} s, {len(first)} workers grew by {grown:.1f} MiB at most")
+    assert len(manifest) == lines and len(first) == workers
+    assert rate > 100 and opening < 1 and grown < 20
 
 
 def test_a_bad_manifest_line_is_named_by_file_and_line(tmp_path):
@@ -1173,11 +1231,11 @@ def test_a_worker_that_dies_or_hangs_costs_only_its_clip(tmp_path):
     clips = Deadly(plain.manifest, plain.tokenizer, "pretrain", 3, 32, 40, train=True)
     merge = partial(collate, tokenizer=clips.tokenizer, max_text_len=40)
     keys = [[(i, i) for i in range(begin, begin + 3)] for begin in (0, 3, 6)]
-    batches = list(data.load(clips, keys, merge, workers=2, timeout=3))
+    batches = list(data.load(clips, keys, merge, workers=2, timeout=2))
     assert sorted(clips.refused) == [2, 5]
     errors = [error for batch in batches for error in batch["errors"]]
     assert len(errors) == 2
-    assert "took its reader down" in errors[0] and "longer than 3 s" in errors[1]
+    assert "took its reader down" in errors[0] and "longer than 2 s" in errors[1]
     indices = [index for batch in batches for index in batch["index"].tolist()]
     assert indices == [0, 1, 3, 3, 4, 6, 6, 7, 8]                          # the next line stands in
     clips.train = False
@@ -1206,10 +1264,10 @@ def test_the_data_doctor_names_every_fault_and_writes_a_clean_manifest(tmp_path,
 def test_the_stopwatch_reads_the_same_frames_each_way(tmp_path, capsys):
     data.bench([film(tmp_path / "a.mp4", **X264)], side=48, repeats=1)
     printed = capsys.readouterr().out
-    assert re.search(
-        r"decode \(exact, sparse\) +[\d.]+ clips per CPU-second, .*; open and seek \d+%", printed)
-    assert re.search(
-        r"PyAV, every frame +[\d.]+ clips per CPU-second, +[\d.]+ cores feed 400 clips/s", printed)
+    for reader in (r"decode \(exact, sparse\)", "every frame to RGB", "every frame to RGB, scaled"):
+        assert re.search(reader + r" +[\d.]+ clips per CPU-second, +[\d.]+ cores feed 400", printed)
+    shares = re.search(r"open and seek (\d+)%, scale (\d+)%, decode (\d+)%", printed).groups()
+    assert 98 <= sum(map(int, shares)) <= 102
 
 
 # ---- Every data set in its owners' form ----------------------------------------------------------
@@ -1463,14 +1521,6 @@ def test_ego4d_questions_are_python_lists_in_cells(release):  # Tab. 13
     out = release("ego4d_mc", {"mc_val.csv": f"question,answers\n{row}\n"}, ["u-1.mp4"])
     assert out["test"] == [{"video": "u-1.mp4", "start": 8, "end": 12,
                             "options": ["cuts", "#C C's pan"], "answer": 1}]
-
-
-def test_a_held_out_share_of_the_training_videos_becomes_val(release):
-    lines = ["gif_name\tquestion\tanswer\ttype", *(f"g{i % 200}\tq\ta\t0" for i in range(400))]
-    out = release("tgif_frameqa", {"Train_frameqa_question.csv": "\n".join(lines)},
-                  [f"g{i}.gif" for i in range(200)], holdout=0.2)
-    train, val = ({sample["video"] for sample in out[split]} for split in ("train", "val"))
-    assert not train & val and len(train | val) == 200 and 20 < len(val) < 60
 
 
 @pytest.mark.parametrize("name, notes, message", [
