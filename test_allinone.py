@@ -1589,32 +1589,32 @@ FORKS = multiprocessing.get_context("forkserver")      # a process that has torc
 FORKS.set_forkserver_preload(["test_allinone"])
 
 
-def command(arguments, environment, output):
-    """`python train.py` as the last lines of train.py run it; it writes to the file `output`."""
+def command(script, arguments, environment, output):
+    """`python SCRIPT` as the last lines of train.py run it; it writes to the file `output`."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
     try:
-        train.main(arguments)
+        {"train.py": train, "eval.py": eval}[script].main(arguments)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"{script}: {error}")
 
 
 class Started:
-    """A command line of train.py in processes of its own, which are its ranks.
+    """A command line of train.py or eval.py in processes of its own, which are its ranks.
 
     torchrun: started by `torchrun` with these options, instead of by a fork with its variables.
     """
 
-    def __init__(self, output, *arguments, processes=1, torchrun=None):
+    def __init__(self, output, *arguments, processes=1, torchrun=None, script="train.py"):
         self.output, self.launcher, arguments = Path(output), None, list(map(str, arguments))
         self.output.parent.mkdir(exist_ok=True)
         if torchrun is not None:
             with open(self.output, "w") as file:
                 self.launcher = subprocess.Popen(
                     [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc_per_node={processes}", *torchrun, "train.py", *arguments],
+                     f"--nproc_per_node={processes}", *torchrun, script, *arguments],
                     cwd=HERE, stdout=file, stderr=file)
             return
         with socket.socket() as free:
@@ -1622,7 +1622,7 @@ class Started:
             port = str(free.getsockname()[1])
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
         self.ranks = [FORKS.Process(target=command, args=(
-            arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
+            script, arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
             f"{self.output}{rank or ''}")) for rank in range(processes)]
         for rank in self.ranks:
             rank.start()
@@ -2035,8 +2035,9 @@ def test_retrieval_does_not_depend_on_the_order_or_batching_of_samples(
 def test_two_processes_score_exactly_what_one_scores(clips, whole_run, tmp_path):
     flags = ("--task", "retrieval", "--data", clips / "retrieval.jsonl", "--checkpoint",
              whole_run / "checkpoint.pt", "--rerank", "3", "--workers", "0", "--predictions")
-    code, out, err = start("eval.py", *flags, tmp_path / "two.jsonl", processes=2)
-    assert code == 0, err                              # seven clips: two does not divide them
+    code, out = Started(tmp_path / "out.txt", *flags, tmp_path / "two.jsonl", processes=2,
+                        script="eval.py").wait()
+    assert code == 0, out                              # seven clips: two does not divide them
     assert table(run(eval, *flags, tmp_path / "one.jsonl")[1]) == table(out)
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
     assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 14 + 7
