@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from allinone import VARIANTS, AllInOne, CHOICES, Config, load_release, load_weights, read_weights
+from allinone import (CHOICES, VARIANTS, AllInOne, Config, load_release, load_weights, mlm_loss,
+                      read_weights, vtm_loss)
 from data import Clips, Manifest, Tokenizer, collate, load
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
@@ -268,6 +269,92 @@ def profile(config: dict, device: torch.device, batch: int, seconds: float) -> N
           "pays for\nthe text once a frame, flatten once a clip.")
 
 
+def training_batch(config: Config, batch: int, device: torch.device) -> dict:
+    """A batch as data.collate makes it: random pixels and words, full-length text, 6 words masked."""
+    B, m, size = batch, config.max_text_len, config.image_size
+    ids = torch.randint(config.vocab_size, (B, m), device=device)
+    where = torch.rand(B, m, device=device).topk(min(6, m)).indices
+    where = (where + m * torch.arange(B, device=device)[:, None]).flatten()
+    return {"video": torch.randint(256, (B, config.frames, 3, size, size), device=device).byte(),
+            "text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool), "mlm_ids": ids,
+            "mlm_where": where, "mlm_labels": ids.flatten()[where],
+            "vtm_source": torch.arange(B, device=device).roll(1),
+            "vtm_labels": torch.zeros(B, dtype=torch.int64, device=device)}
+
+
+def plain_losses(model: AllInOne, batch: dict) -> dict:
+    """VTM and MLM as written down at first: two joint passes over float clips, each of which embeds
+    its video anew, and |V| logits at every position."""
+    video = (batch["video"].float() / 255 - model.mean) / model.std
+    logits = model.mlm_head(model(video, batch["mlm_ids"], batch["text_mask"]).text)
+    labels = torch.full_like(batch["text_ids"], -100).flatten()
+    labels[batch["mlm_where"]] = batch["mlm_labels"]
+    pooled = model(video[batch["vtm_source"]], batch["text_ids"], batch["text_mask"]).pooled
+    return {"mlm": mlm_loss(logits.flatten(0, 1), labels) / len(batch["mlm_labels"]),
+            "vtm": vtm_loss(model.vtm_head(pooled), batch["vtm_labels"])}
+
+
+def profile_training(config: Config, device: torch.device, batches: list[int], seconds: float,
+                     compile: bool) -> None:
+    """`--task profile --train`: a step of pre-training (VTM and MLM, forward, backward, AdamW).
+
+    Prints clips/s, MFU, peak memory, and the ratio to the plain step: plain_losses and an AdamW of
+    one small product after another. Both take turns on one batch; medians of CPU time on a CPU
+    (others may use its cores), of elapsed time on a GPU.
+    """
+    from train import Objectives, compiled     # train.py imports this file
+    cuda, (peak, basis) = device.type == "cuda", peak_flops(device)
+    half = cuda and torch.cuda.is_bf16_supported()
+    clock = time.perf_counter if cuda else time.process_time
+    print(f"Training step, VTM and MLM, {config.frames} frames of {config.image_size} px, "
+          f"{config.max_text_len} text tokens, {'bf16' if half else 'float32'}"
+          f"{', compiled' if compile else ''};\nMFU is of {peak / 1e12:.3g} TFLOP/s ({basis}).\n"
+          f"{'batch':>6}{'clips/s':>10}{'MFU %':>8}{'memory GB':>11}{'plain clips/s':>15}"
+          f"{'ratio':>7}")
+    for size in batches:
+        batch, words = training_batch(config, size, device), torch.tensor(6.0 * size, device=device)
+        steps, flops = {}, 0
+        for name in ("ours", "plain"):
+            model = AllInOne(config).to(device).train()
+            objectives = Objectives(model, ("vtm", "mlm"))
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                          fused=name == "ours", foreach=False)
+
+            def step(model=model, objectives=objectives, optimizer=optimizer, name=name):
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    losses = (objectives(batch, words)[0] if name == "ours"
+                              else plain_losses(model, batch))
+                sum(losses.values()).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if cuda:
+                    torch.cuda.synchronize()
+
+            if name == "ours":
+                with FlopCounterMode(display=False) as counter:
+                    step()
+                flops = counter.get_total_flops()
+                if compile:
+                    model.transform = compiled(model.transform, device)
+            step()                                             # warms up, compiles
+            steps[name] = step
+        times, memory = {name: [] for name in steps}, 0.0
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until or len(times["plain"]) < 3:
+            for name, step in steps.items():
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                start = clock()
+                step()
+                times[name].append(clock() - start)
+                if cuda and name == "ours":
+                    memory = torch.cuda.max_memory_allocated() / 1e9
+        ours, plain = (sorted(t)[len(t) // 2] for t in times.values())
+        print(f"{size:>6}{size / ours:>10.2f}{100 * flops / ours / peak:>8.1f}"
+              f"{memory if cuda else float('nan'):>11.1f}{size / plain:>15.2f}"
+              f"{plain / ours:>7.2f}", flush=True)
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
@@ -279,11 +366,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="clips in one pass")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes")
     parser.add_argument("--seconds", type=float, default=3, help="profile: time for each variant")
+    parser.add_argument("--train", action="store_true", help="profile: the training step")
+    parser.add_argument("--batches", nargs="+", type=int, help="profile --train: clips a pass")
+    parser.add_argument("--compile", action="store_true", help="profile --train: as train.py's")
+    parser.add_argument("--variant", choices=VARIANTS, default="B", help="profile --train: sizes")
     add_flags(parser, Config, CHOICES)
     given = given_flags(parser, argv)
     args = argparse.Namespace(**{k: given.pop(k) for k in (
-        "task", "data", "checkpoint", "vocab", "batch", "workers", "seconds")})
+        "task", "data", "checkpoint", "vocab", "batch", "workers", "seconds", "train", "batches",
+        "compile", "variant")})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.task == "profile" and args.train:
+        profile_training(Config(**VARIANTS[args.variant], **given), device,
+                         args.batches or [args.batch], args.seconds, args.compile)
+        return
     if args.task == "profile":
         profile(given, device, args.batch, args.seconds)
         return
