@@ -270,7 +270,7 @@ def profile(config: dict, device: torch.device, batch: int, seconds: float) -> N
 
 
 def training_batch(config: Config, batch: int, device: torch.device) -> dict:
-    """A batch as data.collate makes it: random pixels and words, full-length text, 6 words masked."""
+    """A batch as data.collate makes it: random pixels and full-length text, 6 words masked."""
     B, m, size = batch, config.max_text_len, config.image_size
     ids = torch.randint(config.vocab_size, (B, m), device=device)
     where = torch.rand(B, m, device=device).topk(min(6, m)).indices
@@ -299,8 +299,8 @@ def profile_training(config: Config, device: torch.device, batches: list[int], s
     """`--task profile --train`: a step of pre-training (VTM and MLM, forward, backward, AdamW).
 
     Prints clips/s, MFU, peak memory, and the ratio to the plain step: plain_losses and an AdamW of
-    one small product after another. Both take turns on one batch; medians of CPU time on a CPU
-    (others may use its cores), of elapsed time on a GPU.
+    one small product after another. Both take turns on one batch; medians of elapsed time on a
+    GPU. On a CPU, of CPU time (others may use its cores), of which MFU would mean nothing.
     """
     from train import Objectives, compiled     # train.py imports this file
     cuda, (peak, basis) = device.type == "cuda", peak_flops(device)
@@ -350,7 +350,7 @@ def profile_training(config: Config, device: torch.device, batches: list[int], s
                 if cuda and name == "ours":
                     memory = torch.cuda.max_memory_allocated() / 1e9
         ours, plain = (sorted(t)[len(t) // 2] for t in times.values())
-        print(f"{size:>6}{size / ours:>10.2f}{100 * flops / ours / peak:>8.1f}"
+        print(f"{size:>6}{size / ours:>10.2f}{100 * flops / ours / peak if cuda else float('nan'):>8.1f}"
               f"{memory if cuda else float('nan'):>11.1f}{size / plain:>15.2f}"
               f"{plain / ours:>7.2f}", flush=True)
 
