@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from allinone import VARIANTS, AllInOne, CHOICES, Config, load_release, load_weights, read_weights
+from allinone import (CHOICES, VARIANTS, AllInOne, Config, load_release, load_weights, mlm_loss,
+                      read_weights, vtm_loss)
 from data import Clips, Manifest, Tokenizer, collate, load
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
@@ -152,7 +153,10 @@ class EvalConfig:
     predictions: str = ""            # per-sample file; "": beside the checkpoint
     batch: int = 8                   # clips in one pass
     workers: int = 2                 # decoding processes on each GPU
-    seconds: float = 3.0             # profile: time for each variant
+    seconds: float = 3.0             # profile: time for each measurement
+    train: bool = False              # profile: the training step of one variant instead
+    variant: str = "B"               # profile --train: sizes
+    compile: bool = False            # profile --train: as train.py's
 
 
 def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
@@ -618,11 +622,92 @@ def profile(config: dict, device: torch.device, batch: int, seconds: float) -> N
           "pays for\nthe text once a frame, flatten once a clip.")
 
 
+def training_batch(config: Config, batch: int, device: torch.device) -> dict:
+    """A batch as data.collate makes it: random pixels and full-length text, 6 words masked."""
+    B, m, size = batch, config.max_text_len, config.image_size
+    ids = torch.randint(config.vocab_size, (B, m), device=device)
+    where = torch.rand(B, m, device=device).topk(min(6, m)).indices
+    where = (where + m * torch.arange(B, device=device)[:, None]).flatten()
+    return {"video": torch.randint(256, (B, config.frames, 3, size, size), device=device).byte(),
+            "text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool), "mlm_ids": ids,
+            "mlm_where": where, "mlm_labels": ids.flatten()[where],
+            "vtm_source": torch.arange(B, device=device).roll(1),
+            "vtm_labels": torch.zeros(B, dtype=torch.int64, device=device)}
+
+
+def plain_losses(model: AllInOne, batch: dict) -> dict:
+    """VTM and MLM as written down at first: two joint passes over float clips, each of which embeds
+    its video anew, and |V| logits at every position."""
+    video = (batch["video"].float() / 255 - model.mean) / model.std
+    logits = model.mlm_head(model(video, batch["mlm_ids"], batch["text_mask"]).text)
+    labels = torch.full_like(batch["text_ids"], -100).flatten()
+    labels[batch["mlm_where"]] = batch["mlm_labels"]
+    pooled = model(video[batch["vtm_source"]], batch["text_ids"], batch["text_mask"]).pooled
+    return {"mlm": mlm_loss(logits.flatten(0, 1), labels) / len(batch["mlm_labels"]),
+            "vtm": vtm_loss(model.vtm_head(pooled), batch["vtm_labels"])}
+
+
+def profile_training(config: Config, device: torch.device, size: int, seconds: float,
+                     compile: bool) -> None:
+    """`--task profile --train`: a step of pre-training (VTM and MLM, forward, backward, AdamW).
+
+    Prints clips/s, MFU, peak memory (with the weights of both), and the ratio to the plain step:
+    plain_losses and an unfused AdamW. Both take turns on one batch of `size` clips; medians of
+    elapsed time on a GPU. On a CPU, of CPU time (others may use its cores), of which MFU would mean
+    nothing.
+    """
+    from train import Objectives, compiled     # train.py imports this file
+    cuda, (peak, basis) = device.type == "cuda", peak_flops(device)
+    half = cuda and torch.cuda.is_bf16_supported()
+    clock = time.perf_counter if cuda else time.process_time
+    batch, words = training_batch(config, size, device), torch.tensor(6.0 * size, device=device)
+    steps, flops = {}, 0
+    for name in ("ours", "plain"):
+        model = AllInOne(config).to(device).train()
+        objectives = Objectives(model, ("vtm", "mlm"))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                      fused=name == "ours", foreach=False)
+
+        def step(model=model, objectives=objectives, optimizer=optimizer, name=name):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                losses = (objectives(batch, words)[0] if name == "ours"
+                          else plain_losses(model, batch))
+            sum(losses.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if cuda:
+                torch.cuda.synchronize()
+
+        if name == "ours":
+            with FlopCounterMode(display=False) as counter:
+                step()
+            flops = counter.get_total_flops()
+            if compile:
+                model.transform = compiled(model.transform, device)
+        step()                                                 # warms up, compiles
+        steps[name] = step
+    times = {name: [] for name in steps}
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times["plain"]) < 3:
+        for name, step in steps.items():
+            start = clock()
+            step()
+            times[name].append(clock() - start)
+    ours, plain = (sorted(t)[len(t) // 2] for t in times.values())
+    print(f"Training step, VTM and MLM: {size} clips of {config.frames} frames of "
+          f"{config.image_size} px and {config.max_text_len} text tokens, "
+          f"{'bf16' if half else 'float32'}{', compiled' if compile else ''}\n"
+          f"{size / ours:.2f} clips/s; plain {size / plain:.2f} clips/s; ratio {plain / ours:.2f}")
+    if cuda:
+        print(f"MFU {flops / ours / peak:.1%} of {peak / 1e12:.3g} TFLOP/s ({basis}); "
+              f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Score or profile All-in-one.", allow_abbrev=False)
-    add_flags(parser, EvalConfig, {"task": (*SCORES, "retrieval", "profile")})
+    add_flags(parser, EvalConfig, {"task": (*SCORES, "retrieval", "profile"), "variant": VARIANTS})
     add_flags(parser, Config, CHOICES)
     given = given_flags(parser, argv)
     fields = {field.name for field in dataclasses.fields(EvalConfig)}
@@ -630,7 +715,11 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {k: v for k, v in given.items() if k not in fields}
     if config.task == "profile":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        profile(sizes, device, config.batch, config.seconds)
+        if config.train:
+            profile_training(Config(**{**VARIANTS[config.variant], **sizes}), device, config.batch,
+                             config.seconds, config.compile)
+        else:
+            profile(sizes, device, config.batch, config.seconds)
         return
     if not config.data or not config.checkpoint:
         parser.error(f"--task {config.task} needs --data MANIFEST and --checkpoint FILE")

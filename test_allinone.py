@@ -1607,7 +1607,8 @@ class Started:
     torchrun: started by `torchrun` with these options, instead of by a fork with its variables.
     """
 
-    def __init__(self, output, *arguments, processes=1, torchrun=None, script="train.py"):
+    def __init__(self, output, *arguments, processes=1, torchrun=None, script="train.py",
+                 environment={}):
         self.output, self.launcher, arguments = Path(output), None, list(map(str, arguments))
         self.output.parent.mkdir(exist_ok=True)
         if torchrun is not None:
@@ -1622,7 +1623,7 @@ class Started:
             port = str(free.getsockname()[1])
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
         self.ranks = [FORKS.Process(target=command, args=(
-            script, arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
+            script, arguments, environment if processes == 1 else {**world, "RANK": str(rank)},
             f"{self.output}{rank or ''}")) for rank in range(processes)]
         for rank in self.ranks:
             rank.start()
@@ -1808,7 +1809,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(clips, whole_run, tmp_path)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limit[1]))
     try:
-        with pytest.raises(OSError, match="cannot save .*the one before it is whole"):
+        with pytest.raises(OSError, match="checkpoint.pt: cannot save .*the one before it is"):
             train.save(tmp_path / "run" / "checkpoint.pt", finished(whole_run)[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -1848,11 +1849,108 @@ def test_any_number_of_processes_and_passes_gives_the_same_losses_and_weights(
             name, (tensor - other).abs().max())
 
 
+def training_batch(config, batch=4, m=8):
+    """What the loop gives to Objectives: the one that `eval.py --task profile --train` measures."""
+    torch.manual_seed(m)
+    return eval.training_batch(replace(config, max_text_len=m), batch, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_vtc_of_many_passes_has_the_gradient_of_one(dropout):
+    model = build(dropout=dropout, drop_path=dropout, depth=2).train()
+    objectives = train.Objectives(model, ("vtc",))
+    batch, words = training_batch(model.config), torch.tensor(1.0)
+    halves = [{name: batch[name][part] for name in ("video", "text_ids", "text_mask")}
+              for part in (slice(0, 2), slice(2, 4))]
+    found = train.contrast(objectives, halves, seeds=[5, 6])
+    values = []
+    for half, one, seed in zip(halves, found, (5, 6)):
+        torch.manual_seed(seed)
+        values.append(objectives({**half, "contrast": one}, words)[0]["vtc"])
+    (sum(values) / 2).backward()
+    many = [p.grad.clone() for p in objectives.parameters() if p.grad is not None]
+    objectives.zero_grad()
+    sides = []
+    for half, seed in zip(halves, (5, 6)):                # all in memory at once, the same dropout
+        torch.manual_seed(seed)
+        sides.append(objectives.unimodal(half))
+    loss = vtc_loss(*(torch.cat(side) for side in zip(*sides)))
+    loss.backward()
+    one = [p.grad for p in objectives.parameters() if p.grad is not None]
+    assert torch.allclose(values[0], loss) and torch.allclose(values[1], loss)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(many, one))
+
+
+def test_compiling_breaks_no_graph_and_stops_at_the_second_text_length():
+    model = build(depth=1, dropout=0.1, drop_path=0.1, max_text_len=40).train()
+    objectives, graphs = train.Objectives(model, ("vtm", "mlm")), []
+    if FULL:                                              # the compiler itself, minutes
+        model.eval()
+        batch, words = training_batch(model.config), torch.tensor(1.0)
+        plain = objectives(batch, words)[0]
+        model.transform = train.compiled(model.transform, torch.device("cpu"))
+        fast = objectives(batch, words)[0]
+        assert all(torch.allclose(plain[name], fast[name], rtol=1e-5) for name in plain)
+        del model.transform
+        model.train()
+    torch._dynamo.reset()
+    model.transform = torch.compile(model.transform, fullgraph=True, backend=lambda graph, _: (
+        graphs.append(graph), graph.forward)[1])          # counts what is given to be compiled
+    seen = []
+    for m in (16, 24, 8):
+        batch = training_batch(model.config, m=m)
+        assert len(seen) or train.count_flops(objectives, batch, torch.tensor(1.0)) > 1e6
+        sum(objectives(batch, torch.tensor(1.0))[0].values()).backward()
+        seen.append(len(graphs))
+    assert seen == [1, 2, 2]                              # then text of any length
+
+
+def test_compile_without_a_compiler_is_refused_in_one_line(clips, tmp_path):
+    code, printed = pretrain(clips, tmp_path / "run", "--compile", environment={
+        "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}).wait()
+    assert code == 1 and "Traceback" not in printed, printed
+    assert "train.py: --compile: torch cannot compile here" in printed.splitlines()[-1], printed
+
+
+def test_frozen_parts_keep_their_weights_and_others_learn(clips, tmp_path):
+    code, _, err = pretrain_here(clips, tmp_path / "run", "--freeze", "blocks.0", "patch_embed",
+                                 "--steps", 1)
+    assert code == 0, err
+    content = finished(tmp_path / "run")[0]
+    torch.manual_seed(0)                                 # as train() draws the first weights
+    start = AllInOne(Config(**content["sizes"])).state_dict()
+    for name, tensor in content["model"].items():
+        if name.startswith(("blocks.0.", "patch_embed.")):
+            assert torch.equal(tensor, start[name]), name
+    assert not torch.equal(content["model"]["blocks.1.attn.qkv.weight"],
+                           start["blocks.1.attn.qkv.weight"])
+
+
+def test_any_batch_is_cut_into_the_fewest_equal_passes():
+    def cut(batch, most, world=1):
+        return train.split_batch(train.TrainConfig(batch=batch, batch_per_gpu=most), world)
+    assert cut(64, 16) == (64, 16, 4) and cut(24, 16) == (24, 12, 2) and cut(7, 4) == (7, 1, 7)
+    assert cut(64, 16, world=4) == (64, 16, 1) and cut(0, 16, world=4) == (64, 16, 1)
+    with pytest.raises(DataError, match="10 does not divide among 4 processes"):
+        cut(10, 16, world=4)
+
+
+def test_profiling_the_training_step_compares_it_with_the_plain_one(capsys):
+    eval.profile_training(TINY, torch.device("cpu"), [2], 0, False)
+    size, *numbers = map(float, capsys.readouterr().out.splitlines()[-1].split())
+    assert size == 2 and len(numbers) == 5 and numbers[0] > 0 and numbers[-1] > 0
+    model, batch = build(), training_batch(TINY)         # the same numbers, at a different price
+    losses = train.Objectives(model, ("vtm", "mlm"))(batch, torch.tensor(len(batch["mlm_labels"])))
+    plain = eval.plain_losses(model, batch)
+    assert all(torch.allclose(plain[name], losses[0][name], rtol=1e-5) for name in plain)
+
+
 def test_a_run_folder_of_another_run_is_refused_and_can_be_set_aside(clips, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     code, _, err = pretrain_here(clips, tmp_path / "run", "--lr", "5e-4")
     assert code == 1 and "lr was 0.001, now 0.0005" in err and "Traceback" not in err
-    code, _, err = pretrain_here(clips, tmp_path / "run", "--lr", "5e-4", "--no-resume")
+    code, _, err = pretrain_here(clips, tmp_path / "run", "--lr", "5e-4", "--no-resume",
+                                 "--steps", 2)
     assert code == 0 and (tmp_path / "run" / "checkpoint.pt.previous").exists(), err
 
 
@@ -1946,6 +2044,8 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     (["--task", "retrieval", "--objectives", "rank", "--hard_negatives"], 1, "needs --objectives"),
     (["--data", "a.jsonl", "--val", "b/test.jsonl", "--val_every", "5"], 1, "the validation split"),
     (["--log_every", "0"], 1, "must be 1 or more"),
+    (["--data", "{clips}/train.jsonl", "--vocab", "train", "--freeze", "blocks.99"], 1,
+     "--freeze blocks.99: no such part; there are cls_token"),
     (["--task", "choice", "--data", "{clips}/no_answer.jsonl", "--vocab", "train", "--workers",
       "0"], 1, '"answer" is None; expected an index into the 2 options'),
     (["--data", "{clips}/train.jsonl", "--init", "absent.pth"], 1, "absent.pth: no such file"),

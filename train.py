@@ -572,6 +572,15 @@ def adamw(model: AllInOne, config: TrainConfig) -> torch.optim.AdamW:
         lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
+def count_flops(objectives: nn.Module, batch: dict, words: Tensor) -> int:
+    """FLOPs of a pass and its backward, by torch's count of an extra one that trains nothing."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        losses, _ = objectives(batch, words)
+        sum(losses.values()).backward()
+    objectives.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
 def compiled(function, device: torch.device):
     """torch.compile of the whole of `function`; DataError where the machine has no compiler.
 
@@ -735,7 +744,7 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     parameters = sum(p.numel() for p in trained)
     say(f"{config.task}: {parameters / 1e6:.1f} M trained parameters, {len(clips)} samples, "
-        f"{steps} steps of {batch} clips in {accumulate} x {world} passes of {size}, "
+        f"{steps} steps of {batch} clips, {accumulate} passes of {size} each, "
         f"{str(dtype)[6:]}, on {world} x {device.type}; "
         f"log and checkpoint in {config.out}")
     meter = Meter(config, device, rank, folder, batch, steps, world, say)
@@ -762,18 +771,18 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             with autocast():
                 found = contrast(objectives, inputs, seeds)
             inputs = [{**batch, "contrast": one} for batch, one in zip(inputs, found)]
+        if not meter.flops:
+            with wrapped.no_sync() if world > 1 else contextlib.nullcontext(), autocast():
+                meter.flops = accumulate * count_flops(wrapped, inputs[0], words)
         values = {}
         for i in range(accumulate):                            # which losses
             torch.manual_seed(seeds[i])
             wait = world > 1 and i < accumulate - 1            # DDP averages at the last pass only
-            counter = contextlib.nullcontext() if meter.flops else FlopCounterMode(display=False)
-            with wrapped.no_sync() if wait else contextlib.nullcontext(), counter:
+            with wrapped.no_sync() if wait else contextlib.nullcontext():
                 with autocast():
                     losses, counts = wrapped(inputs[i], words)
                 total = sum(WEIGHTS.get(name, 1) * loss for name, loss in losses.items())
                 scaler.scale(total / accumulate).backward()
-            if not meter.flops:
-                meter.flops = counter.get_total_flops() * accumulate
             for name, loss in losses.items():
                 values[name] = values.get(name, 0) + loss.detach() / (accumulate * world)
             for name, (right, of) in counts.items():
@@ -812,6 +821,8 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
         if stop:
             say(f"\nstopped by SIGTERM after step {step + 1}; the same command goes on from here")
             return
+    if config.compile:
+        del model.transform                # back to the method: not compiled anew for evaluation
     if config.val:
         validate()
 
