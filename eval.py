@@ -350,7 +350,8 @@ def profile_training(config: Config, device: torch.device, batches: list[int], s
                 if cuda and name == "ours":
                     memory = torch.cuda.max_memory_allocated() / 1e9
         ours, plain = (sorted(t)[len(t) // 2] for t in times.values())
-        print(f"{size:>6}{size / ours:>10.2f}{100 * flops / ours / peak if cuda else float('nan'):>8.1f}"
+        mfu = 100 * flops / ours / peak if cuda else float("nan")
+        print(f"{size:>6}{size / ours:>10.2f}{mfu:>8.1f}"
               f"{memory if cuda else float('nan'):>11.1f}{size / plain:>15.2f}"
               f"{plain / ours:>7.2f}", flush=True)
 
