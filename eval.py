@@ -167,7 +167,12 @@ def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # torchrun's store outlives a crash: without a prefix a restarted worker would be led to the
+        # addresses that the killed one had left in it
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
+                                world_size=world)
     return rank, world, device
 
 
