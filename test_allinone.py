@@ -1937,9 +1937,9 @@ def test_any_batch_is_cut_into_the_fewest_equal_passes():
 
 
 def test_profiling_the_training_step_compares_it_with_the_plain_one(capsys):
-    eval.profile_training(TINY, torch.device("cpu"), [2], 0, False)
-    size, *numbers = map(float, capsys.readouterr().out.splitlines()[-1].split())
-    assert size == 2 and len(numbers) == 5 and numbers[0] > 0 and numbers[-1] > 0
+    eval.profile_training(TINY, torch.device("cpu"), 2, 0, False)
+    ours, plain, ratio = re.findall(r"[\d.]+", capsys.readouterr().out.splitlines()[-1])
+    assert float(ours) / float(plain) == pytest.approx(float(ratio), rel=0.02)
     model, batch = build(), training_batch(TINY)         # the same numbers, at a different price
     losses = train.Objectives(model, ("vtm", "mlm"))(batch, torch.tensor(len(batch["mlm_labels"])))
     plain = eval.plain_losses(model, batch)
@@ -2159,7 +2159,9 @@ def test_reranking_all_is_the_order_of_vtms_matched_logit(clips, whole_run, tmp_
     with torch.no_grad():
         matched = torch.stack([model.eval().vtm_head(model(
             video, ids[t].expand(7, -1), mask[t].expand(7, -1)).pooled)[:, 1] for t in range(14)])
-    assert best == matched.argmax(1).tolist() + matched.argmax(0).tolist()
+    assert best[:14] == matched.argmax(1).tolist()
+    said = [row.tolist() for row in ids]                       # two clips may share a caption
+    assert [said[t] for t in best[14:]] == [said[t] for t in matched.argmax(0)]
 
 
 def test_retrieval_without_vtc_is_refused_and_ranked_by_vtm_instead(clips, whole_run):
