@@ -403,9 +403,9 @@ def rerank(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.devi
                     pooled = model.fuse(video[b.to(device)], text, masks[t].to(device)).pooled
                     matched = model.vtm_head(pooled)[:, 1].float().cpu()
                     found.append((t, columns[b], matched / len(views)))
-    joint = torch.zeros(T, N)
+    joint = torch.zeros(T, N, dtype=torch.float64)       # float32 would lose digits by the + 2
     for t, v, matched in in_all_processes(found):
-        joint.index_put_((t, v), matched, accumulate=True)
+        joint.index_put_((t, v), matched.double(), accumulate=True)
     joint = (joint - joint.min() + 2)[once]                               # above every cosine
     return {"text to video": (torch.where(chosen, joint, cosines), right),
             "video to text": (torch.where(chosen_t, joint.T, cosines.T), right.T)}

@@ -2148,10 +2148,13 @@ def test_two_processes_score_exactly_what_one_scores(clips, whole_run, tmp_path)
 
 
 def test_reranking_all_is_the_order_of_vtms_matched_logit(clips, whole_run, tmp_path):
-    evaluate_here("retrieval", clips / "retrieval.jsonl", whole_run / "checkpoint.pt",
+    content, _ = finished(whole_run)                   # of 12 steps: its opinions are made stronger
+    content["model"] = {k: v * 5 if v.ndim > 1 else v for k, v in content["model"].items()}
+    torch.save(content, tmp_path / "strong.pt")
+    evaluate_here("retrieval", clips / "retrieval.jsonl", tmp_path / "strong.pt",
                   "--rerank", "99", "--predictions", tmp_path / "p.jsonl")
     best = [json.loads(line)["best"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    model, tokenizer, _ = eval.load_model(whole_run / "checkpoint.pt", say=lambda _: None)
+    model, tokenizer, _ = eval.load_model(tmp_path / "strong.pt", say=lambda _: None)
     manifest = data.Manifest(clips / "retrieval.jsonl")
     samples = data.Clips(manifest, tokenizer, "retrieval", 3, 32, 40, train=False)
     batch = data.collate([samples[i] for i in range(7)], tokenizer, 40)
