@@ -228,18 +228,13 @@ def hard_options(batch: dict, text: Tensor, video: Tensor, k: int) -> dict:
 
 
 def gather(features: Tensor) -> Tensor:
-    """Rows of all W processes, with gradients (VTC's negatives): (B, .) -> (sum of B, .).
+    """Rows of all W processes, with gradients (VTC's negatives): (B, .) -> (W*B, .).
 
-    Where clips could not be read, B differs between processes. The gradient is W times the loss's,
-    for DDP divides by W.
+    The gradient is W times the loss's, for DDP divides by W.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
-    sizes = [torch.tensor(0, device=features.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor(len(features), device=features.device))
-    sizes = [int(size) for size in sizes]
-    parts = dist_grad.all_gather(F.pad(features, (0, 0, 0, max(sizes) - len(features))))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+    return torch.cat(dist_grad.all_gather(features))
 
 
 @torch.no_grad()
@@ -410,6 +405,7 @@ def is_log_line(line: str, steps: int) -> bool:
 
 # ---- Parts of the loop --------------------------------------------------------------------------
 
+@functools.cache                           # a large file, asked about more than once
 def kind_of_weights(path) -> str:
     """What --init names: "ours" (train.py's), "release" (the authors') or "vit" (timm, DeiT)."""
     content = read_weights(path)
