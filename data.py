@@ -720,7 +720,11 @@ def answers_of(paths):
         return json.loads(listed.read_text(encoding="utf-8"))
     manifest = Manifest(paths)
     count = collections.Counter(manifest[i].get("answer") for i in range(len(manifest)))
-    return [answer for answer, _ in count.most_common() if isinstance(answer, str)]
+    answers = [answer for answer, _ in count.most_common() if isinstance(answer, str)]
+    if not answers:
+        raise DataError(f'{paths[0]}: no line has words as its "answer"; expected '
+                        '{"video": ..., "answer": "a word"}, for open-ended QA a "question" too')
+    return answers
 
 
 class Clips(torch.utils.data.Dataset):

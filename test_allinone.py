@@ -9,6 +9,7 @@ import collections
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -2043,7 +2044,7 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     (["--objectives", "wpa"], 1, "wpa needs vtm"),
     (["--task", "choice", "--objectives", "vtm"], 1, "those of --task choice are choice"),
     (["--task", "retrieval", "--objectives", "rank", "--hard_negatives"], 1, "needs --objectives"),
-    (["--data", "a.jsonl", "--val", "b/test.jsonl", "--val_every", "5"], 1, "the validation split"),
+    (["--data", "a", "--val", "b/x_test.clean.jsonl", "--val_every", "5"], 1, "the validation"),
     (["--log_every", "0"], 1, "must be 1 or more"),
     (["--data", "{clips}/train.jsonl", "--vocab", "train", "--freeze", "blocks.99"], 1,
      "--freeze blocks.99: no such part; there are cls_token"),
@@ -2086,14 +2087,34 @@ def test_ranks_count_ties_and_several_captions_of_a_clip():  # Tab. 3, Tab. 7
     scores = torch.tensor([[.9, .1, .1], [.5, .5, .2], [.3, .3, .3], [.1, .2, .8]])
     owner = torch.tensor([0, 1, 1, 2])                 # the clip of each caption: clip 1 has two
     own = owner[:, None] == torch.arange(3)
-    better, tied = eval.places(scores, own)            # text to video
-    assert better.tolist() == [0, 0, 0, 0] and tied.tolist() == [0, 1, 2, 0]
-    better, tied = eval.places(scores.T, own.T)        # video to text: the best of its captions
-    assert better.tolist() == [0, 0, 0] and tied.tolist() == [0, 0, 0]
-    better, tied = eval.places(torch.zeros(4, 3), own)             # a model that says nothing ...
-    assert (1 / (tied + 1.)).tolist() == pytest.approx([1 / 3] * 4)     # ... is right by chance
+    above, wrong, right = (n.tolist() for n in eval.places(scores, own))       # text to video
+    assert (above, wrong, right) == ([0, 0, 0, 0], [0, 1, 2, 0], [1, 1, 1, 1])
+    above, wrong, right = (n.tolist() for n in eval.places(scores.T, own.T))       # video to text
+    assert (above, wrong, right) == ([0, 0, 0], [0, 0, 0], [1, 1, 1])
     scores[3, 0] = 0.95                                # a wrong caption now beats clip 0's own
     assert eval.places(scores.T, own.T)[0].tolist() == [1, 0, 0]
+    above, wrong, right = (n.tolist() for n in eval.places(torch.zeros(3, 4), own.T))
+    assert (wrong, right) == ([3, 2, 3], [1, 2, 1])    # who says nothing is right by chance
+    assert [eval.recall(1, *n) for n in zip(above, wrong, right)] == pytest.approx([1/4, 2/4, 1/4])
+
+
+@pytest.mark.parametrize("above, wrong, right", [(0, 3, 1), (2, 3, 2), (1, 0, 1), (0, 4, 3)])
+def test_ties_count_what_a_random_order_of_them_would_give(above, wrong, right):
+    firsts = [above + 1 + min(order.index(i) for i in range(right))
+              for order in itertools.permutations(range(wrong + right))]
+    for k in (1, 2, 5):
+        assert eval.recall(k, above, wrong, right) == pytest.approx(np.mean(np.array(firsts) <= k))
+    assert above + (wrong + right + 1) / (right + 1) == pytest.approx(np.mean(firsts))
+
+
+def test_a_model_that_gives_no_number_scores_nothing(clips, whole_run, tmp_path):
+    content, _ = finished(whole_run)
+    content["model"]["norm.weight"].fill_(torch.nan)
+    torch.save(content, tmp_path / "nan.pt")
+    for task, flags in (("choice", ()), ("retrieval", ("--rerank", "2"))):
+        manifest = clips / f"{task}.jsonl"
+        err = evaluate_here(task, manifest, tmp_path / "nan.pt", *flags, code=1)
+        assert f"{task}.jsonl:1" in err and "score is not a number" in err
 
 
 def test_tied_options_and_unknown_answers_are_not_counted_as_right():
@@ -2154,6 +2175,8 @@ def test_reranking_all_is_the_order_of_vtms_matched_logit(clips, whole_run, tmp_
     evaluate_here("retrieval", clips / "retrieval.jsonl", tmp_path / "strong.pt",
                   "--rerank", "99", "--predictions", tmp_path / "p.jsonl")
     best = [json.loads(line)["best"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    numbers = [re.search(r":(\d+)(?:#(\d+))?", name).groups() for name in best]
+    best = [int(line) - 1 if k is None else 2 * int(line) - 2 + int(k) for line, k in numbers]
     model, tokenizer, _ = eval.load_model(tmp_path / "strong.pt", say=lambda _: None)
     manifest = data.Manifest(clips / "retrieval.jsonl")
     samples = data.Clips(manifest, tokenizer, "retrieval", 3, 32, 40, train=False)
@@ -2227,10 +2250,42 @@ def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run,
     assert chosen["step"] == 1 + scores.index(max(scores))          # the first of the best
     out = evaluate_here("qa", clips / "qa.jsonl", tmp_path / "run" / "best.pt", "--clips", "3")
     assert "3 frames x 3 views" in out and "in vocabulary %" in out and "majority %" in out
-    saved = tmp_path / "run" / f"qa-{clips.name}-qa.predictions.jsonl"
+    saved = tmp_path / "run" / f"qa-{clips.name}-qa-clips3.predictions.jsonl"
     assert len(saved.read_text().splitlines()) == 7
     err = evaluate_here("probe", clips / "qa.jsonl", tmp_path / "run" / "best.pt", code=1)
     assert "fine-tune it with train.py --task probe" in err
+    err = fine_tune("qa", clips / "train.jsonl", tmp_path / "none", whole_run, code=1)
+    assert 'no line has words as its "answer"' in err
+
+
+def test_a_head_for_other_answers_is_not_taken_over(clips, whole_run, tmp_path):
+    fine_tune("probe", clips / "qa.jsonl", tmp_path / "probe", whole_run)
+    shutil.copytree(clips, tmp_path / "clips")
+    (tmp_path / "clips" / "answers.json").write_text(json.dumps(list(reversed(
+        finished(tmp_path / "probe")[0]["answers"]))))
+    probe = tmp_path / "probe"
+    shutil.copytree(probe, tmp_path / "run")
+    (probe / "checkpoint.pt").rename(tmp_path / "init.pt")
+    init = ("--init", tmp_path / "init.pt", "--lr", "0", "--no-resume")
+    printed = fine_tune("qa", clips / "qa.jsonl", tmp_path / "qa", whole_run, *init)
+    assert "answer_head.2.weight" in printed                   # a new head, and of two layers
+    printed = fine_tune("probe", clips / "qa.jsonl", tmp_path / "run", whole_run, *init)
+    assert "initialised" not in printed and "features of" not in printed   # the same answers: kept
+    other = tmp_path / "clips" / "qa.jsonl"
+    printed = fine_tune("probe", other, tmp_path / "run", whole_run, *init)
+    assert "answer_head.0.weight" in printed and "features of 7 clips" in printed
+
+
+def test_a_probe_names_the_clips_it_lacks_and_stops_above_1_in_10(clips, whole_run, tmp_path):
+    lines = (clips / "qa.jsonl").read_text().replace('"video": "', f'"video": "{clips}/')
+    broken = lines.splitlines()[0].replace("0.mp4", "absent.mp4") + "\n"
+    (tmp_path / "one.jsonl").write_text(2 * lines + broken)
+    fine_tune("probe", tmp_path / "one.jsonl", tmp_path / "run", whole_run)
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "absent.mp4" in log and '"unreadable": 1' in log
+    (tmp_path / "two.jsonl").write_text(lines + broken)
+    err = fine_tune("probe", tmp_path / "two.jsonl", tmp_path / "other", whole_run, code=1)
+    assert "1 of 8 clips cannot be read" in err
 
 
 def test_frames_can_be_shuffled_reversed_or_repeated_to_see_what_needs_order():
@@ -2263,5 +2318,5 @@ def test_the_papers_numbers_stand_in_the_readme_too():
     readme = (HERE / "README.md").read_text()
     for name, (table_name, numbers) in eval.PAPER.items():
         row = next(line for line in readme.splitlines() if f"convert {name} " in line)
-        assert numbers["B"].split(",")[0] in row if "B" in numbers else True, name
+        assert re.split(r"[, ]", numbers.get("B", ""))[0] in row, name
         assert table_name.split()[1].strip(",") in row, name

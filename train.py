@@ -55,7 +55,7 @@ class TrainConfig:
     vocab: str = "bert-base-uncased"      # or vocab.txt, tokenizer.json, "train" (from captions)
     objectives: tuple[str, ...] = ("vtm", "mlm")   # Sec. 3.3; see HEADS
     false_texts: int = 15                 # retrieval: captions that "rank" sets beside the true one
-    hard_negatives: bool = False          # ... the likest ones of the batch, by VTC
+    hard_negatives: bool = False          # ... the likest ones of the pass, by VTC
     steps: int = 200_000                  # optimiser steps; 100_000 for Ti
     epochs: int = 0                       # passes over the data; 0: count by steps
     batch: int = 0                        # clips a step on all GPUs; 0: batch_per_gpu on each
@@ -103,11 +103,11 @@ PROOF = dict(  # no --data: toy clips and a model for two CPU cores; order comes
 
 TUNED = dict(init="runs/pretrain/checkpoint.pt", batch_per_gpu=16)
 TOY = {  # the toy clips' manifests of a task, and what fine-tuning on them changes of PROOF
-    "pretrain": ("train", "choice_test", dict()),
-    "retrieval": ("train", "retrieval_test", dict(steps=300, false_texts=5, **TUNED)),
-    "choice": ("choice_train", "choice_test", dict(steps=200, **TUNED)),
-    "qa": ("qa_train", "qa_test", dict(steps=200, **TUNED)),
-    "probe": ("probe_train", "probe_test", dict(steps=600, **TUNED)),
+    "pretrain": ("train", "choice", dict()),
+    "retrieval": ("train", "retrieval", dict(steps=300, false_texts=5, **TUNED)),
+    "choice": ("choice_train", "choice", dict(steps=200, **TUNED)),
+    "qa": ("qa_train", "qa", dict(steps=200, **TUNED)),
+    "probe": ("probe_train", "probe", dict(steps=600, **TUNED)),
 }
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": None}
@@ -300,7 +300,8 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
                         f"{', '.join(OBJECTIVES[task])}")
     if config.hard_negatives and not {"vtc", "rank"} <= set(config.objectives):
         raise DataError("--hard_negatives needs --objectives vtc rank: VTC finds them for ranking")
-    if config.val_every and any(Path(path).stem.endswith("test") for path in config.val):
+    if config.val_every and any(
+            Path(path).name.split(".")[0].endswith("test") for path in config.val):
         raise DataError(f"--val_every would choose the best checkpoint on {', '.join(config.val)}: "
                         "give the validation split, and score the test split once, with eval.py")
     if "wpa" in config.objectives and "vtm" not in config.objectives:
@@ -366,7 +367,7 @@ def open_run(config: TrainConfig, description: dict) -> tuple[Path, dict | None]
     folder.mkdir(parents=True, exist_ok=True)
     log, path = folder / "log.jsonl", folder / "checkpoint.pt"
     if not config.resume:
-        for file in (log, path):
+        for file in (log, path, folder / "best.pt"):
             if file.exists():
                 file.replace(file.with_suffix(file.suffix + ".previous"))
     content = None
@@ -527,12 +528,13 @@ def build(config: TrainConfig, sizes: dict, given: dict, tokenizer: Tokenizer | 
 
     sizes: Config's fields for a new model; given: those the user named, laid over a checkpoint's.
     """
-    count = {"answers": len(answers or [])}
-    sizes, given = {**sizes, **count}, {**given, **count}
+    head = {"answer_head": sizes.get("answer_head", Config.answer_head)}   # not a checkpoint's
     if config.init != "scratch" and kind_of_weights(config.init) != "vit":
-        model, own, _ = load_model(config.init, vocab=config.vocab, say=say, **given)
+        model, own, _ = load_model(config.init, vocab=config.vocab, say=say,
+                                   answers=answers or [], **{**given, **head})
         return model, own
-    model = AllInOne(Config(**{**sizes, "vocab_size": tokenizer.vocab_size}))
+    model = AllInOne(Config(**{**sizes, "vocab_size": tokenizer.vocab_size,
+                               "answers": len(answers or [])}))
     if config.init != "scratch":
         report = load_vit(model, config.init)
         say(f"{config.init}: {len(report['loaded'])} tensors loaded, "
@@ -608,8 +610,9 @@ def batches(clips: Clips, config: TrainConfig, rank: int, world: int, start: int
 class Features(torch.utils.data.Dataset):
     """What a probe trains on (Tab. 12): the cls features of a manifest's clips, computed once.
 
-    They are kept in `path` and read from there as long as manifests and weights are the same.
-    Clips that cannot be read are left out and said.
+    They are kept in `path` and read from there as long as manifests, answers and weights are the
+    same. Clips that cannot be read are left out, and `unreadable` names them; DataError if they are
+    more than 1 in 10.
     """
 
     def __init__(self, model: AllInOne, clips: Clips, config: TrainConfig, device: torch.device,
@@ -618,7 +621,7 @@ class Features(torch.utils.data.Dataset):
             p.detach().cpu().numpy().tobytes() for name, p in model.named_parameters()
             if not name.startswith("answer_head")))
         files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in clips.manifest.paths]
-        key = json.dumps([files, weights, asdict(replace(model.config, answers=0))])
+        key = json.dumps([files, weights, list(clips.labels), asdict(model.config)])
         cache = read_weights(path) if path.exists() else {}
         if not all(in_all_processes([cache.get("key") == key])):
             rows, unreadable = [], []
@@ -631,14 +634,16 @@ class Features(torch.utils.data.Dataset):
                 say(f"\rfeatures of {len(rows)} clips on each process", end="")
             rows = sorted(in_all_processes(rows), key=lambda row: row[0])
             unreadable = in_all_processes(unreadable)
-            say(f"\rfeatures of {len(rows)} clips; unreadable: {len(unreadable)}"
-                + "".join(f"\n  {line}" for line in unreadable))
-            cache = {"key": key, "label": [row[1] for row in rows],
+            say(f"\rfeatures of {len(rows)} clips; unreadable: {len(unreadable)}")
+            if len(unreadable) > (len(rows) + len(unreadable)) / 10:
+                raise DataError(f"{len(unreadable)} of {len(rows) + len(unreadable)} clips cannot "
+                                f"be read, above 1 in 10: {'; '.join(unreadable[-3:])}")
+            cache = {"key": key, "unreadable": unreadable, "label": [row[1] for row in rows],
                      "where": [row[2] for row in rows], "feature": torch.stack(
                          [row[3] for row in rows])}
             if not dist.is_initialized() or dist.get_rank() == 0:
                 save(path, cache)
-        self.cache = cache
+        self.cache, self.unreadable = cache, cache["unreadable"]
 
     def __len__(self):
         return len(self.cache["label"])
@@ -659,7 +664,8 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             dist.barrier()
         learn, score, _ = TOY[config.task]
         config = replace(config, data=(f"data/toy/{learn}.jsonl",),
-                         val=config.val or (f"data/toy/{score}.jsonl",))
+                         val=config.val or (
+                             f"data/toy/{score}_{'val' if config.val_every else 'test'}.jsonl",))
     manifest = Manifest(config.data)
     tokenizer = None
     if config.init == "scratch" or kind_of_weights(config.init) == "vit":
@@ -699,7 +705,8 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
         box = [content]
         dist.broadcast_object_list(box)
         content = box[0]
-    state = {"step": 0, "read": 0, "unreadable": 0, "window": {}}
+    lost = clips.unreadable if isinstance(clips, Features) else []
+    state = {"step": 0, "read": 0, "unreadable": len(lost), "window": {}}
     if content:
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
@@ -721,8 +728,13 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
             task="choice" if config.task == "pretrain" else config.task, data=config.val,
             batch=32, workers=config.workers,      # without VTC: rank all pairs by the joint pass
             rerank=10 ** 9 if config.objectives == ("rank",) else 0)
+        start = time.monotonic()
+        fast = model.__dict__.pop("transform", None)       # compiled, for training's shapes only
         result = evaluate(model, tokenizer, scoring, device, answers)
+        if fast:
+            model.transform = fast
         model.train()
+        meter.since += time.monotonic() - start            # no part of the training's speed
         first = [next(iter(p["metrics"].values())) for p in result["predictions"]]
         score = sum(first) / max(1, len(first))
         if rank == 0:
@@ -745,6 +757,8 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
         f"log and checkpoint in {config.out}")
     meter = Meter(config, device, rank, folder, batch, steps, world, say)
 
+    if lost:
+        meter.note(step=state["step"], unreadable=lost)
     micro_batches = batches(clips, config, rank, world, state["step"], steps)
     for step in range(state["step"], steps):                   # where are we
         lr = lr_at(step, steps, config.lr, config.warmup)      # the learning rate
@@ -817,8 +831,7 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
         if stop:
             say(f"\nstopped by SIGTERM after step {step + 1}; the same command goes on from here")
             return
-    if config.compile:
-        del model.transform                # back to the method: not compiled anew for evaluation
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)              # all is saved: stop at once
     if config.val:
         validate()
 
