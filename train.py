@@ -522,17 +522,34 @@ class Meter:
 
 # ---- The loop -----------------------------------------------------------------------------------
 
-def build(config: TrainConfig, sizes: dict, given: dict, tokenizer: Tokenizer | None,
+def with_toy_clips(config: TrainConfig, rank: int, world: int, say) -> TrainConfig:
+    """The configuration with the toy clips as its data, which the first process writes once."""
+    say("Proof run: toy clips, a model for two CPU cores. Your own: --data MANIFEST (README).")
+    if rank == 0:
+        toy()
+    if world > 1:
+        dist.barrier()
+    learn, score, _ = TOY[config.task]
+    score += "_val" if config.val_every else "_test"           # never choose on the test split
+    return replace(config, data=(f"data/toy/{learn}.jsonl",),
+                   val=config.val or (f"data/toy/{score}.jsonl",))
+
+
+def build(config: TrainConfig, sizes: dict, given: dict, manifest: Manifest,
           answers: list[str] | None, say) -> tuple[AllInOne, Tokenizer]:
     """The model by --init, with the tokenizer that goes with it.
 
     sizes: Config's fields for a new model; given: those the user named, laid over a checkpoint's.
     """
-    head = {"answer_head": sizes.get("answer_head", Config.answer_head)}   # not a checkpoint's
+    torch.manual_seed(config.seed)
     if config.init != "scratch" and kind_of_weights(config.init) != "vit":
-        model, own, _ = load_model(config.init, vocab=config.vocab, say=say,
-                                   answers=answers or [], **{**given, **head})
-        return model, own
+        head = {"answer_head": sizes.get("answer_head", Config.answer_head)}   # not a checkpoint's
+        model, tokenizer, _ = load_model(config.init, vocab=config.vocab, say=say,
+                                         answers=answers or [], **{**given, **head})
+        return model, tokenizer
+    texts = (text for i in range(len(manifest)) for text in texts_of(manifest[i]))
+    tokenizer = (Tokenizer.train(texts, 30522) if config.vocab == "train"
+                 else Tokenizer.load(config.vocab))
     model = AllInOne(Config(**{**sizes, "vocab_size": tokenizer.vocab_size,
                                "answers": len(answers or [])}))
     if config.init != "scratch":
@@ -540,6 +557,21 @@ def build(config: TrainConfig, sizes: dict, given: dict, tokenizer: Tokenizer | 
         say(f"{config.init}: {len(report['loaded'])} tensors loaded, "
             f"{', '.join(report['resized']) or 'none'} resized; the rest starts at random")
     return model, tokenizer
+
+
+def samples(config: TrainConfig, manifest: Manifest, model: AllInOne, tokenizer: Tokenizer,
+            answers: list[str] | None, device: torch.device, say) -> Clips | Features:
+    """What to train on: clips or, for a probe, their features."""
+    c = model.config
+    drawn = config.false_texts if "rank" in config.objectives and not config.hard_negatives else 0
+    clips = Clips(manifest, tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
+                  train=config.task != "probe", seed=config.seed, flip=config.flip,
+                  rand_augment=config.rand_augment, whole_word_masking=config.whole_word_masking,
+                  answers=answers, false_texts=drawn)
+    if config.task != "probe":
+        return clips
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    return Features(model, clips, config, device, Path(config.out) / "features.pt", say)
 
 
 def freeze(model: AllInOne, parts: tuple[str, ...]) -> None:
@@ -657,34 +689,13 @@ def train(config: TrainConfig, sizes: dict, given: dict, rank: int, world: int,
           device: torch.device, say) -> None:
     """One run: set-up, then the loop in the order in which a reader asks."""
     if not config.data:
-        say("Proof run: toy clips, a model for two CPU cores. Your own: --data MANIFEST (README).")
-        if rank == 0:
-            toy()
-        if world > 1:
-            dist.barrier()
-        learn, score, _ = TOY[config.task]
-        config = replace(config, data=(f"data/toy/{learn}.jsonl",),
-                         val=config.val or (
-                             f"data/toy/{score}_{'val' if config.val_every else 'test'}.jsonl",))
+        config = with_toy_clips(config, rank, world, say)
     manifest = Manifest(config.data)
-    tokenizer = None
-    if config.init == "scratch" or kind_of_weights(config.init) == "vit":
-        texts = (text for i in range(len(manifest)) for text in texts_of(manifest[i]))
-        tokenizer = (Tokenizer.train(texts, 30522) if config.vocab == "train"
-                     else Tokenizer.load(config.vocab))
-    torch.manual_seed(config.seed)
     answers = answers_of(config.data) if config.task in ("qa", "probe") else None
-    model, tokenizer = build(config, sizes, given, tokenizer, answers, say)
+    model, tokenizer = build(config, sizes, given, manifest, answers, say)
     model.recompute = config.activation_checkpointing
     c = model.config
-    drawn = config.false_texts if "rank" in config.objectives and not config.hard_negatives else 0
-    clips = Clips(manifest, tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
-                  train=config.task != "probe", seed=config.seed, flip=config.flip,
-                  rand_augment=config.rand_augment, whole_word_masking=config.whole_word_masking,
-                  answers=answers, false_texts=drawn)
-    if config.task == "probe":
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        clips = Features(model, clips, config, device, Path(config.out) / "features.pt", say)
+    clips = samples(config, manifest, model, tokenizer, answers, device, say)
     batch, size, accumulate = split_batch(config, world)
     steps = config.epochs * math.ceil(len(clips) / batch) if config.epochs else config.steps
 
