@@ -2320,3 +2320,21 @@ def test_the_papers_numbers_stand_in_the_readme_too():
         row = next(line for line in readme.splitlines() if f"convert {name} " in line)
         assert re.split(r"[, ]", numbers.get("B", ""))[0] in row, name
         assert table_name.split()[1].strip(",") in row, name
+
+
+def test_a_killed_fine_tuning_ends_with_the_same_bits_and_the_same_best(clips, whole_run, tmp_path):
+    manifest = clips / "retrieval.jsonl"
+    flags = ("--task", "retrieval", "--data", manifest, "--val", manifest, "--val_every", 2,
+             "--init", whole_run / "checkpoint.pt", "--batch", 4, "--steps", 6, "--save_every", 1,
+             "--log_every", 1, "--workers", 0)
+    code, printed = Started(tmp_path / "1.txt", *flags, "--out", tmp_path / "whole").wait()
+    assert code == 0, printed
+    killed = Started(tmp_path / "2.txt", *flags, "--out", tmp_path / "killed")
+    wait_for_step(killed, tmp_path / "killed", 3)
+    killed.kill()
+    code, printed = Started(tmp_path / "3.txt", *flags, "--out", tmp_path / "killed").wait()
+    assert code == 0 and "resuming" in printed, printed
+    for name in ("checkpoint.pt", "best.pt"):
+        one, other = (torch.load(tmp_path / run / name, weights_only=True)
+                      for run in ("whole", "killed"))
+        assert all(equal(one[key], other[key]) for key in ("model", "optimizer", "state"))
