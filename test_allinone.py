@@ -2168,16 +2168,82 @@ def test_two_processes_score_exactly_what_one_scores(clips, whole_run, tmp_path)
     assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 14 + 7
 
 
-def test_reranking_all_is_the_order_of_vtms_matched_logit(clips, whole_run, tmp_path):
-    content, _ = finished(whole_run)                   # of 12 steps: its opinions are made stronger
+@pytest.fixture(scope="session")
+def strong(whole_run, tmp_path_factory) -> Path:
+    """The checkpoint of a run of 12 steps, its opinions made stronger; it says it learnt VTC."""
+    content, _ = finished(whole_run)
     content["model"] = {k: v * 5 if v.ndim > 1 else v for k, v in content["model"].items()}
-    torch.save(content, tmp_path / "strong.pt")
-    evaluate_here("retrieval", clips / "retrieval.jsonl", tmp_path / "strong.pt",
+    content["config"]["objectives"] = ["vtc"]
+    path = tmp_path_factory.mktemp("strong") / "strong.pt"
+    torch.save(content, path)
+    return path
+
+
+def test_candidates_are_scored_by_the_matched_logit_of_each_alone():  # Sec. 4.2.1, 4.2.3
+    model, video = build(), clip(B=2)
+    lengths, ids = [[4, 8, 6], [5, 3]], torch.randint(5, 50, (2, 3, 8))
+    mask = torch.zeros(2, 3, 8, dtype=torch.bool)
+    for i, row in enumerate(lengths):
+        for j, length in enumerate(row):
+            mask[i, j, :length] = True
+    batch = {"video": video, "text_ids": ids, "text_mask": mask, "option_mask": mask.any(-1)}
+    with torch.no_grad():
+        scores = eval.score_options(model, batch)
+        for i, row in enumerate(lengths):
+            alone = [model.vtm_head(model(video[i:i + 1], ids[i:i + 1, j, :length]).pooled)[0, 1]
+                     for j, length in enumerate(row)]
+            assert torch.allclose(scores[i, :len(row)], torch.stack(alone), atol=1e-5)
+        assert scores[1, 2] == -torch.inf                      # the second clip has two candidates
+        text, _ = train.Objectives(model, ("vtc",)).unimodal(batch)
+        own = model.text_proj(model.encode_text(ids[:, 0], mask[:, 0])[:, 0])
+    assert torch.allclose(text, own)                   # retrieval's true caption comes first
+
+
+def test_three_views_of_a_clip_are_averaged(clips, strong, tmp_path):  # 3 x 3 of Tab. 2 to 4
+    manifest, saved = clips / "choice.jsonl", tmp_path / "p.jsonl"
+    evaluate_here("choice", manifest, strong, "--clips", "3", "--predictions", saved)
+    predictions = [json.loads(line) for line in saved.read_text().splitlines()]
+    model, tokenizer, _ = eval.load_model(strong, say=lambda _: None)
+    samples = data.Clips(data.Manifest(manifest), tokenizer, "choice", 3, 32, 40, train=False,
+                         views=3)
+    differ = 0
+    for i in range(24):
+        batch = data.collate([samples[i]], tokenizer, 40)
+        with torch.no_grad():
+            views = torch.cat([eval.score_options(model.eval(), batch | {"video": view})
+                               for view in batch["video"].unbind(1)])
+        assert torch.allclose(torch.tensor(predictions[i]["scores"]), views.mean(0), atol=1e-5)
+        differ = max(differ, float((views - views[0]).abs().max()))
+    assert differ > 1e-3                                       # of different frames, where all move
+
+
+def test_retrieval_encodes_each_side_alone_and_padding_changes_nothing(clips, strong, tmp_path):
+    manifest, saved = clips / "retrieval.jsonl", tmp_path / "p.jsonl"
+    evaluate_here("retrieval", manifest, strong, "--predictions", saved)
+    best = [json.loads(line)["best"] for line in saved.read_text().splitlines()]
+    model, tokenizer, _ = eval.load_model(strong, say=lambda _: None)
+    samples = data.Clips(data.Manifest(manifest), tokenizer, "retrieval", 3, 32, 40, train=False)
+    items = [samples[i] for i in range(7)]
+    with torch.no_grad():
+        video = torch.cat([model.eval().video_proj(model.encode_video(item["video"][None])[:, 0])
+                           for item in items])
+        text = torch.cat([model.text_proj(model.encode_text(torch.tensor([ids]))[:, 0])
+                          for item in items for ids in item["ids"]])
+    cosines = torch.cosine_similarity(text[:, None], video[None], dim=-1)
+    for q, name in enumerate(best):
+        line, k = re.search(r":(\d+)(?:#(\d+))?", name).groups()
+        row = cosines[q] if q < 14 else cosines[:, q - 14]
+        found = int(line) - 1 if k is None else 2 * int(line) - 2 + int(k)
+        assert row[found] > row.max() - 1e-6
+
+
+def test_reranking_all_is_the_order_of_vtms_matched_logit(clips, strong, tmp_path):
+    evaluate_here("retrieval", clips / "retrieval.jsonl", strong,
                   "--rerank", "99", "--predictions", tmp_path / "p.jsonl")
     best = [json.loads(line)["best"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     numbers = [re.search(r":(\d+)(?:#(\d+))?", name).groups() for name in best]
     best = [int(line) - 1 if k is None else 2 * int(line) - 2 + int(k) for line, k in numbers]
-    model, tokenizer, _ = eval.load_model(tmp_path / "strong.pt", say=lambda _: None)
+    model, tokenizer, _ = eval.load_model(strong, say=lambda _: None)
     manifest = data.Manifest(clips / "retrieval.jsonl")
     samples = data.Clips(manifest, tokenizer, "retrieval", 3, 32, 40, train=False)
     batch = data.collate([samples[i] for i in range(7)], tokenizer, 40)

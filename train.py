@@ -69,7 +69,7 @@ class TrainConfig:
     rand_augment: bool = False            # torchvision's RandAugment
     flip: bool = False                    # horizontal, never where words say left or right
     precision: str = "auto"               # fp16 (paper), bf16, fp32 (TF32 on GPUs); auto: bf16
-    compile: bool = False                 # torch.compile of the blocks (97 % of B's arithmetic)
+    compile: bool = False                 # torch.compile of the blocks
     freeze: tuple[str, ...] = ()          # parts that stay as they are: blocks.0 text_embeddings
     activation_checkpointing: bool = False  # recompute blocks in backward: L at 16 clips in 80 GB
     workers: int = 8                      # decoding processes for each GPU
