@@ -1,8 +1,8 @@
 """All in One: one transformer for raw video patches and words, in one file (CVPR 2023).
 
 Needs torch and the standard library only: copying this file is the whole installation. Order, the
-paper's: sizes (Tab. 1), block (Eq. 2), model (Eq. 1, Eq. 2, consensus), token rolling (Sec. 3.2),
-objectives (Sec. 3.3), loading of weights, factorised attention (App. B.1).
+paper's: sizes (Tab. 1), the model (Eq. 1, Eq. 2, consensus), its block, heads, token rolling
+(Sec. 3.2), objectives (Sec. 3.3); then what is not in the main text.
 
     model = AllInOne(Config())                                 # All-in-one-B, randomly initialised
     features = model(video, text_ids, text_mask)               # Features, below
@@ -19,8 +19,10 @@ A joint row, one frame and its copy of the text: [text cls, m-1 text tokens, vid
 from __future__ import annotations
 
 import pickle
+import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +39,18 @@ VARIANTS = {  # Tab. 1; L is named in App. A, its sizes are ViT-L's; nano is our
     "L": dict(width=1024, depth=24, heads=16),
 }
 
-CHOICES = {  # the words a field of Config may say: Tab. 8a and 9, Sec. 3.2, Tab. 11b, release
-    "temporal": ("token_rolling", "time_average", "channel_shift", "flatten", "timesformer",
-                 "decoupled"),
-    "roll": ("paper", "release"),
-    "roll_select": ("block", "random", "varying"),
-    "patch_order": ("raster", "random"),
-    "answer_head": ("paper", "release", "linear"),
-}
+Temporal = Literal["token_rolling", "time_average", "channel_shift", "flatten",     # Tab. 8a
+                   "timesformer", "decoupled"]                                      # Tab. 9
+Roll = Literal["paper", "release"]
+Select = Literal["block", "random", "varying"]                                      # Tab. 11b
+Answer = Literal["paper", "release", "linear"]
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that shapes the model; the defaults are All-in-one-B (Tab. 1).
 
-    Raises ValueError for words that are not in CHOICES and sizes that cannot be.
+    Raises ValueError for words that a field cannot say and sizes that cannot be.
     """
 
     width: int = 768                 # D, Tab. 1
@@ -61,44 +60,40 @@ class Config:
     image_size: int = 224            # H = W in pixels, Sec. 4.1.1; Tab. 2a also 384
     patch_size: int = 16             # P, Sec. 4.1.1
     vocab_size: int = 30522          # |V| of bert-base-uncased, Sec. 4.1.1
-    max_text_len: int = 40           # m at most; release
-    temporal: str = "token_rolling"  # rows of Tab. 8a and Tab. 9, see CHOICES
-    roll: str = "paper"              # the reading of Sec. 3.2: see token_rolling
-    roll_ratio: float = 0.25         # Tab. 8b
+    max_text_len: int = 40           # m at most; release (80 for DiDeMo's paragraphs)
+    temporal: Temporal = "token_rolling"  # how frames see each other, Tab. 8a and Tab. 9
+    roll: Roll = "paper"             # the reading of Sec. 3.2: see token_rolling
+    roll_ratio: float = 0.25         # share of the patches that roll, Tab. 8b
     roll_start: int = 1              # first block that rolls, counted from 1; Tab. 11a
-    roll_select: str = "block"       # Tab. 11b
+    roll_select: Select = "block"    # which patches roll, Tab. 11b
     roll_unimodal: bool = True       # Eq. 2 rolls in every pass; the release only in the joint one
     spatial_position: bool = True    # Tab. 10, SPE: this field and the next
-    temporal_position: bool = True
+    temporal_position: bool = True   # one row a frame; a model or a clip of one frame has none
     modality_type: bool = True       # Tab. 10, MTE
-    patch_order: str = "raster"      # "random": the release shuffles each frame on each pass
+    patch_order: Literal["raster", "random"] = "raster"  # release: shuffles each frame each pass
     distilled: bool = False          # a second token beside cls, as in distilled DeiT (release: S)
     vtc_dim: int = 512               # width of the shared space of VTC; release
     answers: int = 0                 # classes of the answer head (Sec. 4.2.1, Tab. 12); 0: no head
-    answer_head: str = "paper"       # see AnswerHead; "linear" is the probe's
+    answer_head: Answer = "paper"    # see answer_head; "linear" is the probe's
     dropout: float = 0.1             # release
     drop_path: float = 0.1           # at the last block, rising linearly from 0; release
     init_std: float = 0.02           # of random weights; ViT's, BERT's and the release's
 
     def __post_init__(self):
-        for field, allowed in CHOICES.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be "
-                                 f"{', '.join(map(repr, allowed))}")
-        if self.roll == "release" and self.roll_select != "block":
-            raise ValueError(f"roll 'release' rolls blocks; roll_select {self.roll_select!r} needs "
-                             "roll 'paper'")
-        for field in ("width", "depth", "heads", "frames", "image_size", "patch_size", "vocab_size",
-                      "max_text_len", "roll_start"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be 1 or more")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size "
-                             f"{self.patch_size}")
-        if not 0 <= self.roll_ratio <= 1:
-            raise ValueError(f"roll_ratio {self.roll_ratio} is a share of the patches: 0 to 1")
+        for field, hint in get_type_hints(Config).items():
+            value, words = getattr(self, field), get_args(hint)
+            if words and value not in words:
+                raise ValueError(f"{field} is {value!r}; it can be {', '.join(map(repr, words))}")
+            if hint is int and value < (field != "answers"):
+                raise ValueError(f"{field} is {value}; it must be 1 or more")
+        for holds, rule in (
+                (self.width % self.heads == 0, "width must be divisible by heads"),
+                (self.image_size % self.patch_size == 0, "image_size ... by patch_size"),
+                (0 <= self.roll_ratio <= 1, "roll_ratio is a share of the patches, 0 to 1"),
+                (self.roll == "paper" or self.roll_select == "block",
+                 "only roll 'paper' has a roll_select other than 'block'")):
+            if not holds:
+                raise ValueError(f"{rule}; got {self}")
 
     @property
     def patches(self) -> int:
@@ -106,104 +101,15 @@ class Config:
         return (self.image_size // self.patch_size) ** 2
 
 
-# ---- The block (Eq. 2; ViT's, pre-norm with residuals, which the equation leaves out) ------------
-
-class Attention(nn.Module):
-    """MSA of Eq. 2. x: (R, T, D), any rows and tokens. Weights are named as in timm's ViT."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: bool, (R, 1, 1, T), False hides a key. Returns (R, T, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))       # (R, T, 3, heads, D/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # each (R, heads, T, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.drop(self.proj(x.transpose(1, 2).flatten(2)))  # (R, T, D)
-
-
-class Mlp(nn.Module):
-    """MLP of Eq. 2: D -> 4D -> D. x: (R, T, D) in and out. Weights are named as in timm's ViT."""
-
-    def __init__(self, width: int, dropout: float):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
-class Block(nn.Module):
-    """z^d = MLP(MSA(z^{d-1})) of Eq. 2. x: (R, T, D) in and out; mask as in Attention."""
-
-    def __init__(self, width: int, heads: int, dropout: float, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)                 # ViT's epsilon
-        self.attn = Attention(width, heads, dropout)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, dropout)
-        self.drop_path = drop_path
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self._drop_rows(self.attn(self.norm1(x), mask))
-        return x + self._drop_rows(self.mlp(self.norm2(x)))
-
-    def _drop_rows(self, x: Tensor) -> Tensor:
-        """Stochastic depth: a row (one frame, not one clip; release) skips the branch."""
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * (keep / (1 - self.drop_path)).to(x.dtype)
-
-
-# ---- The model (Eq. 1, Eq. 2, consensus) -------------------------------------------------------
+# ---- The model (Sec. 3.1): Eq. 1, Eq. 2, consensus ----------------------------------------------
 
 class Features(NamedTuple):
-    """What a joint pass returns: the consensus p of Sec. 3.1, after the final LayerNorm."""
+    """What a joint pass returns, after the final LayerNorm (Sec. 3.1)."""
 
-    text: Tensor    # (B, m, D)    frame-averaged text tokens, for MLM
-    video: Tensor   # (B, 1+n, D)  frame-averaged video cls and patches
-    pooled: Tensor  # (B, D)       tanh(Linear(text cls)), for VTM; a pooler is in the release only
-
-
-class MLMHead(nn.Module):
-    """Word prediction of Sec. 3.3: (..., D) -> (..., |V|). BERT's head, decoder not tied (release).
-
-    Give it the masked positions only: |V| logits for each token of a batch are most of its memory.
-    """
-
-    def __init__(self, width: int, vocab_size: int):
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)            # BERT's epsilon
-        self.decoder = nn.Linear(width, vocab_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.LayerNorm(F.gelu(self.dense(x))))
-
-
-class AnswerHead(nn.Sequential):
-    """Classes from a cls token, (..., D) -> (..., answers); open-ended QA (Sec. 4.2.1) and probe.
-
-    paper: "a two-layer MLP with hidden size 768", its GELU is ours. release: hidden D/2, a
-    LayerNorm between, dropout 0.5 before. linear: the one layer of Tab. 12.
-    """
-
-    def __init__(self, kind: str, width: int, answers: int):
-        layers = {
-            "paper": lambda: [nn.Linear(width, 768), nn.GELU(), nn.Linear(768, answers)],
-            "release": lambda: [nn.Dropout(0.5), nn.Linear(width, width // 2),
-                                nn.LayerNorm(width // 2), nn.GELU(),
-                                nn.Linear(width // 2, answers)],
-            "linear": lambda: [nn.Linear(width, answers)],
-        }
-        super().__init__(*layers[kind]())
+    text: Tensor    # (B, m, D)       frame-averaged text tokens (the consensus p), for MLM
+    video: Tensor   # (B, 1+n, D)     frame-averaged video cls and patches
+    pooled: Tensor  # (B, D)          tanh(Linear(text cls)), for VTM; a pooler: release only
+    frames: Tensor  # (B, S, 1+n, D)  video tokens before the consensus, in the slots they end in
 
 
 class AllInOne(nn.Module):
@@ -211,11 +117,11 @@ class AllInOne(nn.Module):
 
     Three passes: `forward` (joint), `encode_video` and `encode_text` (unimodal, Sec. 3.3 VTC).
     Heads are plain attributes: vtm_head, mlm_head, text_proj, video_proj; answer_head where
-    config.answers says how many.
-    Weights are named as in timm's ViT and in BERT.
+    config.answers says how many. Weights are named as in timm's ViT and in BERT.
 
     video: (B, S, 3, H, W), uint8 pixels (RGB; normalised here, on the device) or floats already
-        normalised. S can be less than config.frames; more only without temporal positions.
+        normalised. S = 1 is an image: nothing rolls, and no temporal position is added (release).
+        S can be less than config.frames; more only without temporal positions.
     text_ids: (B, m) int64, [CLS] first. text_mask: (B, m) bool, False at padding; None: no padding.
     """
 
@@ -228,6 +134,9 @@ class AllInOne(nn.Module):
         self.specials = 2 if c.distilled else 1                    # cls, and DeiT's second token
         self.recompute = False                                     # activation checkpointing
 
+        def table(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(*shape)) if wanted else None
+
         self.text_embeddings = nn.ModuleDict({
             "word_embeddings": nn.Embedding(c.vocab_size, D),               # T of Eq. 1
             "position_embeddings": nn.Embedding(c.max_text_len, D),         # T^pos
@@ -235,39 +144,39 @@ class AllInOne(nn.Module):
         })
         self.patch_embed = nn.ModuleDict({                                  # V of Eq. 1
             "proj": nn.Conv2d(3, D, kernel_size=c.patch_size, stride=c.patch_size)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))                 # v_class
-        if c.distilled:
-            self.dist_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.cls_token = table(True, 1, 1, D)                               # v_class
+        self.dist_token = table(c.distilled, 1, 1, D)
         # V^pos of Eq. 1 is one table of S*n + 1 rows; like the release we add a spatial table
         # (which ImageNet weights fill) and a temporal one of S rows, zero at first.
-        if c.spatial_position:
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.specials + c.patches, D))
-        if c.temporal_position:
-            self.temporal_embed = nn.Parameter(torch.zeros(1, c.frames, D))
-        if c.modality_type:
-            self.type_embeddings = nn.Parameter(torch.zeros(2, D))          # t^type, v^type
+        self.pos_embed = table(c.spatial_position, 1, self.specials + c.patches, D)
+        self.temporal_embed = table(c.temporal_position and c.frames > 1, 1, c.frames, D)
+        self.type_embeddings = table(c.modality_type, 2, D)                 # t^type, v^type
         self.drop = nn.Dropout(c.dropout)
 
         self.blocks = nn.ModuleList(
             Block(D, c.heads, c.dropout, c.drop_path * d / max(1, c.depth - 1))
             for d in range(c.depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        if c.temporal in ("timesformer", "decoupled"):
-            self.factorized = nn.ModuleList(FactorizedAttention(c) for _ in range(c.depth))
 
-        self.pooler = nn.Linear(D, D)
-        self.vtm_head = nn.Linear(D, 2)                                     # logit 1: matched
-        self.mlm_head = MLMHead(D, c.vocab_size)
-        self.text_proj = nn.Linear(D, c.vtc_dim)
-        self.video_proj = nn.Linear(D, c.vtc_dim)
+        self.pooler = ExactLinear(D, D)
+        self.vtm_head = ExactLinear(D, 2)                                   # logit 1: matched
+        # BERT's, not tied to word_embeddings (release). Give it masked positions only: |V| logits
+        # for each token of a batch would be most of its memory.
+        self.mlm_head = nn.Sequential(OrderedDict(
+            dense=nn.Linear(D, D), gelu=nn.GELU(), LayerNorm=nn.LayerNorm(D, eps=1e-12),
+            decoder=nn.Linear(D, c.vocab_size)))
+        self.text_proj = ExactLinear(D, c.vtc_dim)
+        self.video_proj = ExactLinear(D, c.vtc_dim)
         if c.answers:
-            self.answer_head = AnswerHead(c.answer_head, D, c.answers)
+            self.answer_head = answer_head(c.answer_head, D, c.answers)
 
         self.register_buffer("mean", torch.tensor(self.MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1), persistent=False)
         initialise(self)
+        if c.temporal in ("timesformer", "decoupled"):             # they start as a no-op
+            self.factorized = nn.ModuleList(FactorizedAttention(c) for _ in range(c.depth))
 
-    # ---- Eq. 1: tokens of each modality ----
+    # ---- Eq. 1: tokens of each modality, in float32 whatever autocast says ----
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
         """t-hat of Eq. 1. (B, m) -> (B, m, D). LayerNorm and dropout before the type: release."""
@@ -278,7 +187,7 @@ class AllInOne(nn.Module):
         e = self.text_embeddings
         text = e["word_embeddings"](text_ids) + e["position_embeddings"].weight[:m]
         text = self.drop(e["LayerNorm"](text))                     # (B, m, D)
-        return text + self.type_embeddings[0] if self.config.modality_type else text
+        return text if self.type_embeddings is None else text + self.type_embeddings[0]
 
     def embed_video(self, video: Tensor, patch_order: Tensor | None = None) -> Tensor:
         """v-hat of Eq. 1. (B, S, 3, H, W) -> (B, S, 1+n, D).
@@ -294,30 +203,54 @@ class AllInOne(nn.Module):
             raise ValueError(f"frames are {tuple(video.shape[3:])} px, the model was built for "
                              f"{(size, size)}: crop them, or build it with another image_size")
         B, S = video.shape[:2]
-        if c.temporal_position and S > c.frames:
+        if self.temporal_embed is not None and S > c.frames:
             raise ValueError(f"the clip has {S} frames, the model has temporal positions for "
                              f"{c.frames}: set --frames {S}, or --no-temporal_position")
         if video.dtype == torch.uint8:
             video = (video / 255 - self.mean) / self.std
         patches = self.patch_embed["proj"](video.flatten(0, 1))    # (B*S, D, H/P, W/P)
-        patches = patches.flatten(2).transpose(1, 2)               # (B*S, n, D)
+        patches = patches.flatten(2).transpose(1, 2).to(self.cls_token.dtype)       # (B*S, n, D)
         cls = self.cls_token
-        if c.distilled:
+        if self.dist_token is not None:
             cls = torch.cat([cls, self.dist_token], 1)
-        if c.spatial_position:
+        if self.pos_embed is not None:
             cls = cls + self.pos_embed[:, :self.specials]
             patches = patches + self.pos_embed[:, self.specials:]
         if patch_order is None and c.patch_order == "random":
             patch_order = torch.rand(patches.shape[:2], device=patches.device).argsort(1)
         if patch_order is not None:
             patches = patches.gather(1, patch_order[:, :, None].expand_as(patches))
-        if c.temporal_position:                                    # on patches, not on cls: release
-            patches = patches + self.temporal_embed[0, :S].repeat(B, 1)[:, None]
-        tokens = torch.cat([cls.expand(B * S, -1, -1).to(patches.dtype), patches], 1)
+        if self.temporal_embed is not None:                        # on patches, not on cls: release
+            # an image has no time: times 0, not left out, for DDP waits for every gradient
+            times = self.temporal_embed[0, :S] * float(S > 1)
+            patches = patches + times.repeat(B, 1)[:, None]
+        tokens = torch.cat([cls.expand(B * S, -1, -1), patches], 1)
         tokens = self.drop(tokens).unflatten(0, (B, S))            # (B, S, 1+n, D)
-        return tokens + self.type_embeddings[1] if c.modality_type else tokens
+        return tokens if self.type_embeddings is None else tokens + self.type_embeddings[1]
 
-    # ---- Eq. 2 and the consensus ----
+    # ---- Eq. 2 ----
+
+    def transform(self, z: Tensor, S: int, m: int, mask: Tensor | None) -> Tensor:
+        """Eq. 2, d = 1..L, then the final LayerNorm. z: (rows, m + video tokens, D) in and out."""
+        c = self.config
+        # DeiT's second token stays like cls; the release rolls it with the patches
+        first = m + (1 if c.roll == "release" else self.specials)
+        for d, block in enumerate(self.blocks, start=1):
+            if c.temporal in ("timesformer", "decoupled"):
+                z = self.factorized[d - 1](z, S, m, mask)
+            elif S > 1 and d >= c.roll_start and (m > 0 or c.roll_unimodal):
+                if c.temporal == "token_rolling":                  # TTR(z^{d-1})
+                    z = token_rolling(z, S, c.roll_ratio, first=first, roll=c.roll,
+                                      select=c.roll_select, layer=d)
+                elif c.temporal == "channel_shift":
+                    z = torch.cat([z[:, :m], channel_shift(z[:, m:], S)], 1)
+            if self.recompute and self.training:
+                z = checkpoint(block, z, mask, use_reentrant=False)
+            else:
+                z = block(z, mask)                                 # z^d = MLP(MSA(z^{d-1}))
+        return self.norm(z)
+
+    # ---- The three passes; joint: consensus p = 1/S sum_i z_i^L ----
 
     def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None = None,
                 patch_order: Tensor | None = None) -> Features:
@@ -341,18 +274,17 @@ class AllInOne(nn.Module):
             mask = F.pad(rows, (0, z.shape[1] - m), value=True)[:, None, None]
         z = self.transform(z, S, m, mask)
         if self.config.temporal == "flatten":
-            text, video = z[:, :m], z[:, m:].unflatten(1, (S, -1)).mean(1)
+            text, frames = z[:, :m], z[:, m:].unflatten(1, (S, -1))
         else:
-            p = z.unflatten(0, (-1, S)).mean(1)                    # (B, m+1+n, D), 1/S sum z_i^L
-            text, video = p[:, :m], p[:, m:]
-        return Features(text, video, torch.tanh(self.pooler(text[:, 0])))
+            z = z.unflatten(0, (-1, S))                            # (B, S, m+1+n, D)
+            text, frames = z[:, :, :m].mean(1), z[:, :, m:]        # 1/S sum_i z_i^L
+        return Features(text, frames.mean(1), torch.tanh(self.pooler(text[:, 0])), frames)
 
     def encode_video(self, video: Tensor, patch_order: Tensor | None = None) -> Tensor:
         """Video-only pass (Sec. 3.3 VTC). (B, S, 3, H, W) -> (B, 1+n, D); [:, 0] is cls."""
         tokens = self.embed_video(video, patch_order)              # (B, S, 1+n, D)
-        S = tokens.shape[1]
         rows = (0, 1) if self.config.temporal != "flatten" else (1, 2)
-        z = self.transform(tokens.flatten(*rows), S, 0, None, roll=self.config.roll_unimodal)
+        z = self.transform(tokens.flatten(*rows), tokens.shape[1], 0, None)
         return z.view(tokens.shape).mean(1)                        # (B, 1+n, D)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
@@ -360,40 +292,108 @@ class AllInOne(nn.Module):
         mask = None if text_mask is None else text_mask[:, None, None]
         return self.transform(self.embed_text(text_ids), 1, text_ids.shape[1], mask)
 
-    def transform(self, z: Tensor, S: int, m: int, mask: Tensor | None,
-                  roll: bool = True) -> Tensor:
-        """Eq. 2, d = 1..L, then the final LayerNorm. z: (rows, m + video tokens, D) in and out."""
-        c = self.config
-        # DeiT's second token stays like cls; the release rolls it with the patches
-        first = m + (1 if c.roll == "release" else self.specials)
-        for d, block in enumerate(self.blocks, start=1):
-            if c.temporal in ("timesformer", "decoupled"):
-                z = self.factorized[d - 1](z, S, m, mask)
-            elif S > 1 and d >= c.roll_start and roll:
-                if c.temporal == "token_rolling":                  # TTR(z^{d-1})
-                    z = token_rolling(z, S, c.roll_ratio, first=first, roll=c.roll,
-                                      select=c.roll_select, layer=d)
-                elif c.temporal == "channel_shift":
-                    z = torch.cat([z[:, :m], channel_shift(z[:, m:], S)], 1)
-            if self.recompute and self.training:
-                z = checkpoint(block, z, mask, use_reentrant=False)
-            else:
-                z = block(z, mask)                                 # z^d = MLP(MSA(z^{d-1}))
-        return self.norm(z)
+
+# ---- The block (Eq. 2; ViT's, pre-norm with residuals, which the equation leaves out) ------------
+
+class Attention(nn.Module):
+    """MSA of Eq. 2. x: (R, T, D), any rows and tokens. Weights are named as in timm's ViT.
+
+    mask: bool, (R, 1, 1, T), False hides a key.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns (R, T, D)."""
+        q, k, v = self.split(x)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.drop(self.proj(x.transpose(1, 2).flatten(2)))  # (R, T, D)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: (3, R, heads, T, D/heads)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What each token (row) spends on each (column), heads averaged: (R, T, T). For Fig. 4."""
+        q, k, _ = self.split(x).float()
+        scores = q @ k.mT / q.shape[-1] ** 0.5                     # (R, heads, T, T)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1).mean(1)
+
+
+class Block(nn.Module):
+    """z^d = MLP(MSA(z^{d-1})) of Eq. 2. x: (R, T, D) in and out; mask as in Attention."""
+
+    def __init__(self, width: int, heads: int, dropout: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)                 # ViT's epsilon
+        self.attn = Attention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(                      # D -> 4D -> D
+            fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(), drop1=nn.Dropout(dropout),
+            fc2=nn.Linear(4 * width, width), drop2=nn.Dropout(dropout)))
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop_rows(self.attn(self.norm1(x), mask))
+        return x + self.drop_rows(self.mlp(self.norm2(x)))
+
+    def drop_rows(self, x: Tensor) -> Tensor:
+        """Stochastic depth: a row (one frame, not one clip; release) skips the branch."""
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+        return x * (keep / (1 - self.drop_path)).to(x.dtype)
+
+
+# ---- Heads (Sec. 3.3, 4.2.1) ---------------------------------------------------------------------
+
+class ExactLinear(nn.Linear):
+    """A Linear that autocast leaves in float32: for heads whose numbers put candidates in order.
+
+    In bf16 some of a thousand candidates always tie at the top.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = "cpu" if x.is_meta else x.device.type             # meta: to count FLOPs
+        with torch.autocast(device, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def answer_head(kind: Answer, width: int, answers: int) -> nn.Sequential:
+    """Classes from a cls token, (..., D) -> (..., answers); open-ended QA (Sec. 4.2.1) and probe.
+
+    paper: "a two-layer MLP with hidden size 768", its GELU is ours. release: hidden D/2, a
+    LayerNorm between, dropout 0.5 before. linear: the one layer of Tab. 12.
+    """
+    if kind == "linear":
+        return nn.Sequential(ExactLinear(width, answers))
+    if kind == "paper":
+        return nn.Sequential(ExactLinear(width, 768), nn.GELU(), ExactLinear(768, answers))
+    half = width // 2
+    return nn.Sequential(nn.Dropout(0.5), ExactLinear(width, half), nn.LayerNorm(half), nn.GELU(),
+                         ExactLinear(half, answers))
 
 
 # ---- Temporal modelling without parameters (Sec. 3.2, Tab. 8a) ----------------------------------
 
 def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, first: int = 1,
-                  roll: str = "paper", select: str = "block", layer: int = 1) -> Tensor:
+                  roll: Roll = "paper", select: Select = "block", layer: int = 1) -> Tensor:
     """TTR of Eq. 2, Fig. 2b: some patches move to the next frame, the last frame's to the first.
 
     tokens: (B*S, first + n, D); the `first` leading tokens (text, cls) never move.
     ratio: share of the n patches that move, round(ratio * n) of them; Tab. 8b is best at 0.25.
     roll: "paper" moves them one frame forward (Sec. 3.2, "roll parts of the token by 1").
         "release" moves floor(ratio/2 * n) leading ones forward and as many trailing ones backward.
-    select: which patches move forward (App. C.2, Tab. 11b): one "block", "random" ones (drawn anew
-        on each call), or a block "varying" with layer = 1..L. Only "block" has a "release" reading.
+    select: which patches move forward (App. C.2, Tab. 11b): one "block", random ones (drawn anew on
+        each call), or a block "varying" with layer = 1..L. Only "block" has a "release" reading.
+        The paper does not say which block: here the first of the raster, the frame's top rows.
     Returns the same shape. A permutation: no parameters, and sums over the frames do not change.
     Raises ValueError if the rows are not whole clips.
     """
@@ -402,17 +402,15 @@ def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, first: in
                          "B*S with the frames of a clip adjacent")
     n = tokens.shape[1] - first
     k = round(ratio * n)
+    moves = [(slice(first, first + k), +1)]
     if roll == "release":
-        each_way = int(ratio / 2 * n)
-        moves = [(slice(first, first + each_way), +1),
-                 (slice(first + n - each_way, first + n), -1)]
+        k = int(ratio / 2 * n)
+        moves = [(slice(first, first + k), +1), (slice(first + n - k, first + n), -1)]
     elif select == "random":
         moves = [(first + torch.randperm(n, device=tokens.device)[:k], +1)]
     elif select == "varying":
         block = torch.arange(k, device=tokens.device) + (layer - 1) * k
         moves = [(first + block % n, +1)]
-    else:
-        moves = [(slice(first, first + k), +1)]
     clips = tokens.unflatten(0, (-1, frames))                      # (B, S, first+n, D)
     rolled = clips.clone()
     for slots, step in moves:
@@ -429,34 +427,33 @@ def channel_shift(tokens: Tensor, frames: int) -> Tensor:
     clips = tokens.unflatten(0, (-1, frames))                      # (B, S, 1+n, D)
     c = tokens.shape[-1] // 8
     shifted = clips.clone()
+    shifted[..., :2 * c] = 0
     shifted[:, :-1, :, :c] = clips[:, 1:, :, :c]
-    shifted[:, -1, :, :c] = 0
     shifted[:, 1:, :, c:2 * c] = clips[:, :-1, :, c:2 * c]
-    shifted[:, 0, :, c:2 * c] = 0
     return shifted.flatten(0, 1)                                   # (B*S, 1+n, D)
 
 
 # ---- Objectives (Sec. 3.3): pure functions, each computed in float32 -----------------------------
 
 def vtm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Video-text matching, Sec. 3.3. logits: (B, 2) of vtm_head(pooled); labels: (B,), 1 = matched.
+    """Video-text matching: mean negative log-likelihood over matched (1) or not (0).
 
-    Returns the mean negative log-likelihood.
+    logits: (B, 2) of vtm_head(pooled); labels: (B,).
     """
     return F.cross_entropy(logits.float(), labels)
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Masked language modelling, Sec. 3.3. logits: (M, |V|) at masked positions; labels: (M,).
+    """Masked language modelling. logits: (M, |V|) at masked positions; labels: (M,), -100: no word.
 
-    Label -100 does not count. Returns the *sum* over words: who knows how many words the whole
-    batch masks, on all devices, divides. No masked word gives 0, not NaN.
+    Returns the *sum* over words: who knows how many words the whole batch masks, on all devices,
+    divides. No masked word gives 0, not NaN.
     """
     return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
 
 
 def vtc_loss(text: Tensor, video: Tensor, temperature: float = 0.05) -> Tensor:
-    """Video-text contrast, Sec. 3.3. text, video: (B, vtc_dim) projections, row i of both a pair.
+    """Video-text contrast. text, video: (B, vtc_dim) projections, row i of both a pair.
 
     Symmetric: text-to-video plus video-to-text over cosine similarities. The temperature and the
     sum (not the mean) of both directions are the release's.
@@ -468,12 +465,59 @@ def vtc_loss(text: Tensor, video: Tensor, temperature: float = 0.05) -> Tensor:
     return F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)
 
 
-def word_patch_distance(text: Tensor, patches: Tensor, text_mask: Tensor, beta: float = 0.5,
-                        steps: int = 50) -> Tensor:
-    """Optimal-transport distance of words and patches, (B,): the release's, IPOT [39] (Sec. 4.6).
+# ==== Not in the main text ========================================================================
+
+class FactorizedAttention(nn.Module):
+    """What "timesformer" and "decoupled" of Tab. 9 add before the joint attention of each block.
+
+    App. B.1 gives a sentence and a figure (Fig. 8) to each, Tab. 9 the parameters (180.5, 192 M).
+    timesformer: attention over time, then over space, each closed by a Linear (180.8 M for B).
+    decoupled: text attends to text, video over time and over space (195.0 M for B).
+    Both start as a no-op, so that ImageNet weights are met unchanged at the first step.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.specials = 2 if config.distilled else 1
+        decoupled = config.temporal == "decoupled"
+        self.time, self.space, self.text = (nn.ModuleDict({
+            "norm": nn.LayerNorm(config.width, eps=1e-6),
+            "attn": Attention(config.width, config.heads, config.dropout),
+            "last": nn.Identity() if decoupled else nn.Linear(config.width, config.width),
+        }) for _ in range(3))
+        if not decoupled:
+            self.text = None
+        for branch in filter(None, (self.time, self.space, self.text)):
+            last = branch["attn"].proj if decoupled else branch["last"]
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    @staticmethod
+    def add(branch: nn.ModuleDict, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + branch["last"](branch["attn"](branch["norm"](x), mask))
+
+    def forward(self, z: Tensor, S: int, m: int, mask: Tensor | None) -> Tensor:
+        """z: (B*S, m+1+n, D) in and out; either part may be empty (unimodal passes)."""
+        text, video = z[:, :m], z[:, m:]
+        if m and self.text is not None:
+            text = self.add(self.text, text, None if mask is None else mask[..., :m])
+        if video.shape[1]:
+            cls, patches = video[:, :self.specials], video[:, self.specials:]
+            n = patches.shape[1]
+            tubes = patches.unflatten(0, (-1, S)).transpose(1, 2).flatten(0, 1)      # (B*n, S, D)
+            tubes = self.add(self.time, tubes)
+            patches = tubes.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)      # (B*S, n, D)
+            video = self.add(self.space, torch.cat([cls, patches], 1))
+        return torch.cat([text, video], 1)
+
+
+def word_patch_transport(text: Tensor, patches: Tensor, text_mask: Tensor, beta: float = 0.5,
+                         steps: int = 50) -> tuple[Tensor, Tensor]:
+    """Optimal transport of words to patches (Sec. 4.6; IPOT [39]): the release's, and Fig. 6, 11.
 
     text: (B, m, D), patches: (B, n, D), without cls tokens; text_mask: (B, m) bool, as the text's.
-    [CLS], the last real token ([SEP]) and padding take no part. The plan gets no gradient.
+    Returns the distance, (B,), and the plan, (B, m, n), which gets no gradient and sums to 1:
+    [CLS], the last real token ([SEP]) and padding take no part.
     """
     words = text_mask.clone()
     words[:, 0] = False
@@ -488,10 +532,10 @@ def word_patch_distance(text: Tensor, patches: Tensor, text_mask: Tensor, beta: 
             plan, sigma = torch.ones_like(kernel), words / m       # (B, n, m), (B, m)
             for _ in range(steps):
                 plan = kernel * plan
-                delta = 1 / (n * (plan @ sigma[:, :, None])).clamp(min=1e-12)   # (B, n, 1)
-                sigma = words / (m * (plan * delta).sum(1)).clamp(min=1e-12)    # (B, m)
+                delta = 1 / (n * (plan @ sigma[:, :, None])).clamp(min=1e-12)        # (B, n, 1)
+                sigma = words / (m * (plan * delta).sum(1)).clamp(min=1e-12)         # (B, m)
                 plan = delta * plan * sigma[:, None]
-        return (cost * plan.mT).sum((1, 2))
+        return (cost * plan.mT).sum((1, 2)), plan.mT
 
 
 def word_patch_alignment_loss(distance: Tensor, labels: Tensor) -> Tensor:
@@ -499,19 +543,15 @@ def word_patch_alignment_loss(distance: Tensor, labels: Tensor) -> Tensor:
     return (distance * (2 * labels - 1)).sum() / len(labels)
 
 
-# ---- Initialisation and loading -----------------------------------------------------------------
+# ---- Weights -------------------------------------------------------------------------------------
 
 def initialise(model: AllInOne) -> None:
     """Random weights (Tab. 6, first row): N(0, init_std), biases and temporal positions 0."""
     for name, p in model.named_parameters():
         if p.ndim == 1:                                            # LayerNorm's weight, any bias
             nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
-        elif name == "temporal_embed":
-            nn.init.zeros_(p)
-        else:
+        elif name != "temporal_embed":
             nn.init.trunc_normal_(p, std=model.config.init_std)
-    for extra in getattr(model, "factorized", []):
-        extra.initialise()
 
 
 class Inert(dict):
@@ -535,15 +575,14 @@ class Inert(dict):
 class SafePickle:
     """What torch.load takes for the pickle module: rebuilds tensors and calls nothing else."""
 
+    TENSORS = {("collections", "OrderedDict"), ("torch", "Size"),
+               ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
+
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            tensors = {("collections", "OrderedDict"), ("torch", "Size"),
-                       ("torch._utils", "_rebuild_tensor_v2"),
-                       ("torch._utils", "_rebuild_parameter")}
             storage = module in ("torch", "torch.storage") and name.endswith("Storage")
-            if storage or (module, name) in tensors:
-                return super().find_class(module, name)
-            return Inert
+            known = storage or (module, name) in SafePickle.TENSORS
+            return super().find_class(module, name) if known else Inert
 
     @staticmethod
     def load(file, **options):
@@ -554,9 +593,13 @@ def read_weights(path) -> dict:
     """A file of torch.save as tensors and plain types; nothing that it pickles is executed.
 
     Objects of other classes (Lightning's, say) become Inert.
-    Raises ValueError for a file that is no dictionary of weights.
+    Raises ValueError for a file that is no dictionary of weights, or whose checksums are wrong.
     """
     try:
+        if zipfile.is_zipfile(path):                               # torch.load checks no checksum
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of its part {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
@@ -568,7 +611,7 @@ def read_weights(path) -> dict:
     return content
 
 
-def fit_table(name: str, table: Tensor, like: Tensor, specials: int = 1) -> Tensor:
+def fit_table(name: str, table: Tensor, like: Tensor, specials: int) -> Tensor:
     """A table of positions cut or grown to the shape of `like`; other tensors are returned.
 
     pos_embed (1, specials+n, D): the grid is interpolated, as timm does (Tab. 2a: 224 -> 384 px).
@@ -577,65 +620,62 @@ def fit_table(name: str, table: Tensor, like: Tensor, specials: int = 1) -> Tens
     """
     if table.shape == like.shape or table.shape[-1:] != like.shape[-1:]:
         return table
-    if name == "pos_embed":
-        old, new = (round((t.shape[1] - specials) ** 0.5) for t in (table, like))
-        if old * old != table.shape[1] - specials:
-            return table                                           # no square: load_weights says so
-        grid = table[:, specials:].mT.unflatten(-1, (old, old)).float()
-        grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-        return torch.cat([table[:, :specials], grid.flatten(2).mT.to(table.dtype)], 1)
     if name == "temporal_embed":
         return F.pad(table[:, :like.shape[1]], (0, 0, 0, max(0, like.shape[1] - table.shape[1])))
     if name == "text_embeddings.position_embeddings.weight":
         return torch.cat([table[:len(like)], like[len(table):].to(table.dtype)])
-    return table
+    side, new_side = (round((t.shape[1] - specials) ** 0.5) for t in (table, like))
+    if name != "pos_embed" or side * side != table.shape[1] - specials:
+        return table                                               # load_weights names it
+    grid = table[:, specials:].mT.unflatten(-1, (side, side)).float()
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :specials], grid.flatten(2).mT.to(table.dtype)], 1)
 
 
-def load_weights(model: AllInOne, weights: dict, source: str) -> dict[str, list[str]]:
+def load_weights(model: AllInOne, weights: dict, source) -> dict[str, list[str]]:
     """Copies tensors of the model's own names into it; tables of positions are fitted (fit_table).
 
     Returns {"loaded", "resized", "initialised", "ignored"}, lists of names: initialised are the
     model's that the file lacks, ignored are the file's that the model lacks.
-    Raises ValueError naming tensors of another shape.
+    Raises ValueError naming a tensor of another shape.
     """
     own = model.state_dict()
-    report = {"loaded": [], "resized": [], "initialised": [k for k in own if k not in weights],
-              "ignored": [k for k in weights if k not in own]}
-    fitted, wrong = {}, []
-    for name in [name for name in own if name in weights]:
-        fitted[name] = fit_table(name, weights[name], own[name], model.specials)
-        if fitted[name].shape != own[name].shape:
-            wrong.append(f"{name} {tuple(weights[name].shape)}, here {tuple(own[name].shape)}")
-        same = weights[name].shape == own[name].shape
-        report["loaded" if same else "resized"].append(name)
-    if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors have another shape ({sorted(wrong)[0]}): "
-                         "this is another variant; compare --variant and the sizes")
+    fitted = {name: fit_table(name, weights[name], own[name], model.specials)
+              for name in own if name in weights}
+    for name, tensor in fitted.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{source}: {name} is {tuple(weights[name].shape)}, here "
+                             f"{tuple(own[name].shape)}: this is another variant; compare "
+                             "--variant and the sizes")
     model.load_state_dict(fitted, strict=False)
-    return report
+    same = {name for name in fitted if weights[name].shape == own[name].shape}
+    return {"loaded": [name for name in fitted if name in same],
+            "resized": [name for name in fitted if name not in same],
+            "initialised": [name for name in own if name not in weights],
+            "ignored": [name for name in weights if name not in own]}
 
 
-def load_vit(model: AllInOne, path) -> dict[str, list[str]]:
+def load_vit(model: AllInOne, path, content: dict | None = None) -> dict[str, list[str]]:
     """Backbone from a timm or DeiT file (Sec. 3.1, Tab. 6); the rest keeps its random weights.
 
-    The image classifier is ignored and positions are interpolated to the model's grid.
+    The image classifier is ignored, positions are interpolated to the model's grid, or ignored by
+    a model without (Tab. 10). content: read_weights(path), if it was read before.
     Returns the report of load_weights. Raises ValueError for unknown, missing or misfit tensors.
     """
-    weights = read_weights(path)
+    weights = content or read_weights(path)
     weights = weights.get("model", weights)                        # DeiT wraps them
-    heads = ("head.", "head_dist.", "pre_logits.")
-    weights = {k: v for k, v in weights.items() if not k.startswith(heads)}
-    report = load_weights(model, weights, str(path))
+    unused = ("head.", "head_dist.", "pre_logits.") + ("pos_embed",) * (model.pos_embed is None)
+    weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
+    report = load_weights(model, weights, path)
     backbone = ("cls_token", "dist_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-    unknown = report["ignored"]
     missing = [name for name in report["initialised"] if name.startswith(backbone)]
-    if "dist_token" in unknown:
-        raise ValueError(f"{path}: a distilled DeiT has a second class token: add --distilled")
-    if unknown or missing:
+    if unknown := report["ignored"] + missing:
+        distilled = "a distilled DeiT has a second class token: add --distilled"
         raise ValueError(
-            f"{path}: not the backbone of this model: {len(unknown)} unknown tensors "
-            f"({', '.join(unknown[:3])}), {len(missing)} missing ({', '.join(missing[:3])}); "
-            "expected timm's vit_* or deit_* weights of the same --variant")
+            f"{path}: not the backbone of this model: {len(report['ignored'])} unknown tensors, "
+            f"{len(missing)} missing ({', '.join(unknown[:3])}); " + (
+                distilled if "dist_token" in report["ignored"] else
+                "expected timm's vit_* or deit_* weights of the same --variant"))
     return report
 
 
@@ -647,93 +687,40 @@ RENAMED = {  # the release's names -> ours; the rest is timm's and BERT's on bot
     "token_type_embeddings.weight": "type_embeddings"}
 
 
-def load_release(path, heads: int | None = None, **overrides):
+def load_release(path, heads: int | None = None, content: dict | None = None, **overrides):
     """The authors' .ckpt (Tab. 1: Ti, S, B; plus) -> (AllInOne, report of load_weights).
 
-    heads: not stored in such a file; None means width / 64 (Tab. 1).
-    overrides: other fields of Config (frames, image_size, max_text_len, ...).
+    heads: not stored in such a file; None means width / 64 (Tab. 1). content: read_weights(path),
+    if it was read before. overrides: other fields of Config (frames, image_size, ...).
     The config becomes what those weights were trained with: roll="release", no rolling in the
-    unimodal passes; their shuffled patches are `patch_order="random"`.
-    Raises ValueError for a file of something else.
+    unimodal passes, as many frames as temporal positions; their shuffled patches are
+    `patch_order="random"`. Raises ValueError for a file of something else.
     """
-    content = read_weights(path)
-    weights = {}
+    content, weights = content or read_weights(path), {}
     for name, tensor in content.get("state_dict", content).items():
         name = name.removeprefix("module.")
-        for theirs, ours in RENAMED.items():
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
-                break
-        weights[name] = tensor
-    bert_type = weights.pop("text_embeddings.token_type_embeddings.weight", None)
+        theirs = next((prefix for prefix in RENAMED if name.startswith(prefix)), "")
+        weights[RENAMED.get(theirs, "") + name.removeprefix(theirs)] = tensor
+    words, places = (f"text_embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
-              "text_embeddings.word_embeddings.weight",
-              "text_embeddings.position_embeddings.weight")
+              words, places)
     if missing := [name for name in needed if name not in weights]:
         raise ValueError(f"{path}: not a released All-in-one checkpoint: it lacks "
                          f"{', '.join(missing)}; for ViT or DeiT weights use load_vit (--init)")
-    positions = weights["text_embeddings.position_embeddings.weight"]
+    bert_type = weights.pop("text_embeddings.token_type_embeddings.weight", None)
     if bert_type is not None:  # its row 0 is added to every token: one table says both
-        weights["text_embeddings.position_embeddings.weight"] = positions + bert_type[0]
+        weights[places] = weights[places] + bert_type[0]
     width, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
     distilled = "dist_token" in weights
+    if distilled:                                                  # the S variant never used its
+        weights.pop("temporal_embed", None)
     grid = round((weights["pos_embed"].shape[1] - 1 - distilled) ** 0.5)
-    temporal_position = "temporal_embed" in weights and not distilled  # S never used its table
+    frames = weights["temporal_embed"].shape[1] if "temporal_embed" in weights else Config.frames
     config = Config(
-        width=width, heads=heads or width // 64, patch_size=patch, image_size=grid * patch,
+        width=width, heads=heads or max(1, width // 64), patch_size=patch, image_size=grid * patch,
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
-        vocab_size=len(weights["text_embeddings.word_embeddings.weight"]),
-        max_text_len=len(positions), distilled=distilled, temporal_position=temporal_position,
-        roll="release", roll_unimodal=False)
+        vocab_size=len(weights[words]), max_text_len=len(weights[places]), distilled=distilled,
+        frames=frames, temporal_position="temporal_embed" in weights, roll="release",
+        roll_unimodal=False)
     model = AllInOne(replace(config, **overrides))
-    return model, load_weights(model, weights, str(path))
-
-
-# ---- Factorised attention (App. B.1, Fig. 8) ----------------------------------------------------
-
-class FactorizedAttention(nn.Module):
-    """What "timesformer" and "decoupled" of Tab. 9 add before the joint attention of each block.
-
-    App. B.1 gives a sentence and a figure to each, Tab. 9 the parameters (180.5 M, 192 M). We read:
-    timesformer: attention over time, then over space, each closed by a Linear (180.8 M for B).
-    decoupled: text attends to text, video over time and over space (195.0 M for B).
-    Both start as a no-op, so that ImageNet weights are met unchanged at the first step.
-    """
-
-    def __init__(self, config: Config):
-        super().__init__()
-        c, D = config, config.width
-        self.specials = 2 if c.distilled else 1
-        self.norm_time, self.norm_space = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
-        self.time = Attention(D, c.heads, c.dropout)
-        self.space = Attention(D, c.heads, c.dropout)
-        self.time_fc, self.space_fc = nn.Identity(), nn.Identity()
-        self.decoupled = c.temporal == "decoupled"
-        if self.decoupled:
-            self.norm_text = nn.LayerNorm(D, eps=1e-6)
-            self.text = Attention(D, c.heads, c.dropout)
-        else:
-            self.time_fc, self.space_fc = nn.Linear(D, D), nn.Linear(D, D)
-
-    def initialise(self) -> None:
-        """Zeroes the last layer of each branch."""
-        last = [self.time.proj, self.space.proj, self.text.proj] if self.decoupled else [
-            self.time_fc, self.space_fc]
-        for layer in last:
-            nn.init.zeros_(layer.weight)
-
-    def forward(self, z: Tensor, S: int, m: int, mask: Tensor | None) -> Tensor:
-        """z: (B*S, m+1+n, D) in and out; either part may be empty (unimodal passes)."""
-        text, video = z[:, :m], z[:, m:]
-        if m and self.decoupled:
-            own = None if mask is None else mask[..., :m]
-            text = text + self.text(self.norm_text(text), own)
-        if video.shape[1]:
-            cls, patches = video[:, :self.specials], video[:, self.specials:]
-            n = patches.shape[1]
-            tubes = patches.unflatten(0, (-1, S)).transpose(1, 2).flatten(0, 1)  # (B*n, S, D)
-            tubes = tubes + self.time_fc(self.time(self.norm_time(tubes)))
-            patches = tubes.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)  # (B*S, n, D)
-            video = torch.cat([cls, patches], 1)
-            video = video + self.space_fc(self.space(self.norm_space(video)))
-        return torch.cat([text, video], 1)
+    return model, load_weights(model, weights, path)

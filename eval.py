@@ -1,4 +1,4 @@
-"""Scores All-in-one (Tab. 2 to 5, 7 to 13) on any manifest, and tells what it costs (Tab. 1).
+"""Scores All-in-one (Tab. 2 to 14) on any manifest, and tells what it costs (Tab. 1).
 
     python eval.py --task choice --data MANIFEST --checkpoint runs/pretrain/checkpoint.pt
     torchrun --nproc_per_node=8 eval.py --task retrieval --data MANIFEST --checkpoint FILE
@@ -12,16 +12,21 @@ that lacks samples says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
+import re
 import sys
 import time
 import typing
-from dataclasses import dataclass
+import zlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -29,31 +34,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from allinone import (CHOICES, VARIANTS, AllInOne, Config, load_release, load_weights, mlm_loss,
-                      read_weights, vtm_loss)
-from data import Clips, Manifest, Tokenizer, collate, load
+from allinone import VARIANTS, AllInOne, Config, Temporal, load_release, load_weights, read_weights
+from data import Clips, DataError, Manifest, Tokenizer, collate, load
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, choices: dict) -> None:
-    """One flag for each field of the dataclass `cls`; flags not given leave no trace.
+def add_flags(group, cls: type, only: tuple = (), without: tuple = ()) -> None:
+    """One flag for each field of the dataclass `cls`; its help is the field's own comment.
 
-    choices: the words that a field may say, where they are few.
+    Flags not given leave no trace. only, without: names of fields.
     """
-    group = parser.add_argument_group(cls.__name__, cls.__doc__.strip().splitlines()[0])
+    source = re.sub(r"\n    #\s+", " ", inspect.getsource(cls))     # a comment's second line
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if field.name in without or only and field.name not in only:
+            continue
         kind, default = types[field.name], field.default
-        shown = " ".join(default) if isinstance(default, tuple) else default
-        options = dict(default=argparse.SUPPRESS, help=f"default: {shown}")
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        comment = comments.get(field.name, "").replace("%", "%%")
+        options = dict(default=argparse.SUPPRESS, help=f"{comment} (default: {shown or 'none'})")
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif kind in (int, float, str):
+        elif typing.get_origin(kind) is tuple:
+            options |= dict(nargs="+", metavar="WORD", type=typing.get_args(kind)[0])
+        elif words := typing.get_args(kind):
+            options |= dict(choices=words)
+        else:
             options |= dict(type=kind, metavar=kind.__name__.upper())
-            if allowed := choices.get(field.name):
-                options = {**options, "choices": tuple(allowed), "metavar": None}
-        else:                                                   # tuple of words
-            options |= dict(nargs="+", metavar="WORD")
         group.add_argument(f"--{field.name}", **options)
 
 
@@ -63,41 +71,71 @@ def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
+# ---- Processes ----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def joined_processes():
+    """torchrun's job, joined and left; without torchrun a world of one. Yields the device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device(
+        "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store, rank, world = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun's store outlives a crash: without a prefix a restarted worker would be led to the
+        # addresses that the killed one had left in it
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def in_all_processes(part: list) -> list:
+    """The parts of all processes, in the order of ranks, as one list."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return [item for part in parts for item in part]
+
+
 # ---- Checkpoints --------------------------------------------------------------------------------
 
-def load_model(path, vocab: str = "bert-base-uncased", say=print, answers: list[str] | None = None,
-               **overrides) -> tuple[AllInOne, Tokenizer, dict]:
-    """(model, its tokenizer, what else the file holds) of our checkpoint or the authors' .ckpt.
+def checkpoint_model(content: dict, path, vocab: str = "bert-base-uncased", say=print,
+                     answers: list[str] | None = None, **overrides):
+    """(model, its tokenizer, its answers) of what read_weights(path) gave: ours or the authors'.
 
     vocab: for the authors' file, which carries no tokenizer. answers: what the model is to learn to
-    answer; a head for others is not taken over. overrides: fields of Config, e.g.
-    frames=8 for Tab. 12; tables of positions are fitted. Raises ValueError for other files.
+    answer; a head for others is not taken over. overrides: fields of Config, e.g. frames=8 for
+    Tab. 12; tables of positions are fitted. Raises ValueError for other files.
     """
-    content = read_weights(path)
-    if answers is not None:
-        overrides["answers"] = len(answers)
+    answers = content.get("answers") if answers is None else answers
+    overrides["answers"] = len(answers or [])
     if "sizes" in content:
-        config = dataclasses.replace(Config(**content["sizes"]), **overrides)
-        model = AllInOne(config)
-        head = tuple(content["sizes"].get(key) for key in ("answers", "answer_head"))
-        if head != (config.answers, config.answer_head) or (
-                answers is not None and answers != content.get("answers")):
-            content["model"] = {k: v for k, v in content["model"].items()
-                                if not k.startswith("answer_head.")}
-        report = load_weights(model, content.pop("model"), str(path))
+        if not {"model", "sizes", "tokenizer"} <= content.keys() or not set(
+                content["sizes"]) <= set(Config.__dataclass_fields__):
+            raise ValueError(f"{path}: a checkpoint of another version of train.py, or damaged; "
+                             "it needs model, sizes and tokenizer as this version writes them")
+        config = replace(Config(**content["sizes"]), **overrides)
         tokenizer = Tokenizer.from_json(content["tokenizer"])
+        model, weights = AllInOne(config), content["model"]
+        if (content.get("answers") or []) != (answers or []) or (
+                content["sizes"]["answer_head"] != config.answer_head):
+            weights = {k: v for k, v in weights.items() if not k.startswith("answer_head.")}
+        report = load_weights(model, weights, path)
     else:
-        model, report = load_release(path, **overrides)
+        model, report = load_release(path, content=content, **overrides)
         tokenizer = Tokenizer.load(vocab)
-        vtc = "text_proj.weight" in report["loaded"]               # fine-tuned for retrieval
-        content = {"config": {"objectives": ("vtc",) if vtc else ()}}
-        if len(tokenizer) != model.config.vocab_size:
-            raise ValueError(f"{vocab} has {len(tokenizer)} words, not {model.config.vocab_size}: "
-                             "give --vocab the vocabulary it was trained with (bert-base-uncased)")
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(f"the vocabulary has {len(tokenizer)} words, {path} "
+                         f"{model.config.vocab_size}: give --vocab the one that it was trained "
+                         "with (bert-base-uncased)")
     say(f"{path}: {len(report['loaded'])} tensors loaded" + "".join(
         f"; {len(report[key])} {key} ({', '.join(report[key][:4])})"
         for key in ("resized", "initialised", "ignored") if report[key]))
-    return model, tokenizer, content
+    return model, tokenizer, answers
 
 
 # ---- Scores of one batch: higher is likelier -----------------------------------------------------
@@ -113,7 +151,7 @@ def score_options(model: AllInOne, batch: dict) -> Tensor:
     mask = batch["text_mask"].flatten(0, 1).clone()
     mask[:, 0] = True                                    # an absent option still needs one key
     matched = model.vtm_head(model.fuse(video, text, mask).pooled)[:, 1]
-    return matched.float().view(B, O).masked_fill(~batch["option_mask"], -torch.inf)
+    return matched.view(B, O).masked_fill(~batch["option_mask"], -torch.inf)
 
 
 def score_answers(model: AllInOne, batch: dict) -> Tensor:
@@ -121,8 +159,7 @@ def score_answers(model: AllInOne, batch: dict) -> Tensor:
 
     batch: video (B, S, 3, H, W), text_ids and text_mask (B, m), the question.
     """
-    pooled = model(batch["video"], batch["text_ids"], batch["text_mask"]).pooled      # (B, D)
-    return model.answer_head(pooled).float()
+    return model.answer_head(model(batch["video"], batch["text_ids"], batch["text_mask"]).pooled)
 
 
 def score_classes(model: AllInOne, batch: dict) -> Tensor:
@@ -131,10 +168,41 @@ def score_classes(model: AllInOne, batch: dict) -> Tensor:
     batch: feature (B, D), computed before, or video (B, S, 3, H, W).
     """
     feature = batch["feature"] if "feature" in batch else model.encode_video(batch["video"])[:, 0]
-    return model.answer_head(feature).float()
+    return model.answer_head(feature)
 
 
 SCORES = {"choice": score_options, "qa": score_answers, "probe": score_classes}
+
+
+def score_pretraining(model: AllInOne, batch: dict, objectives: tuple = ("mlm", "vtm")):
+    """VTM and MLM (Sec. 3.3): two joint passes as one of twice the rows.
+
+    batch as data.collate makes it. Returns (logits of the masked words (M, |V|), logits of matching
+    (B, 2), features of VTM's pass), None for what is no objective.
+    """
+    B, videos, texts = len(batch["text_ids"]), [], []
+    video = model.embed_video(batch["video"])                             # (B, S, 1+n, D)
+    if "mlm" in objectives:
+        videos.append(video)
+        texts.append(batch["mlm_ids"])
+    if "vtm" in objectives:
+        videos.append(video[batch["vtm_source"]])
+        texts.append(batch["text_ids"])
+    mask = batch["text_mask"].repeat(len(texts), 1)
+    text, video, pooled, frames = model.fuse(torch.cat(videos), model.embed_text(torch.cat(texts)),
+                                             mask)
+    words = matched = None
+    if "mlm" in objectives:
+        words = model.mlm_head(text[:B].flatten(0, 1)[batch["mlm_where"]])
+    if "vtm" in objectives:
+        matched = model.vtm_head(pooled[-B:])
+    return words, matched, (text[-B:], video[-B:])
+
+
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """(right, of) as a tensor of two; negative labels do not count."""
+    known = labels >= 0
+    return torch.stack([((logits.argmax(-1) == labels) & known).sum(), known.sum()])
 
 
 # ---- Scoring a manifest --------------------------------------------------------------------------
@@ -143,50 +211,32 @@ SCORES = {"choice": score_options, "qa": score_answers, "probe": score_classes}
 class EvalConfig:
     """What to score, and how."""
 
-    task: str = "choice"             # choice, retrieval, qa, probe; profile: what the model costs
+    task: Literal["choice", "retrieval", "qa", "probe", "pretrain",
+                  "profile"] = "choice"  # Sec. 3.3, 4.2; profile: what the model costs
     data: tuple[str, ...] = ()       # manifests
     checkpoint: str = ""             # train.py's checkpoint.pt or best.pt, or the authors' .ckpt
-    vocab: str = "bert-base-uncased"  # for the authors' .ckpt, which carries no tokenizer
+    batch: int = 8                   # clips in one pass
+    workers: int = 2                 # reading processes on each GPU
     clips: int = 1                   # views of S frames each, averaged; 3: the 3 x 3 of Tab. 2 to 4
     rerank: int = 0                  # retrieval: re-score the best K by the joint pass (VTM)
     together: bool = False           # choice: line n of all manifests right (VCR's Q->AR)
+    bootstrap: int = 0               # resamplings for a 95 % interval, say 1000
     shuffle_frames: bool = False     # each clip's frames in random order: what needs order?
     reverse: bool = False            # each clip's frames backwards
     repeat_first: bool = False       # each clip's first frame only, S times
-    bootstrap: int = 0               # resamplings for a 95 % interval, say 1000
-    predictions: str = ""            # per-sample file; "": beside the checkpoint
-    batch: int = 8                   # clips in one pass
-    workers: int = 2                 # decoding processes on each GPU
+    boxes: bool = True               # VCR: draw the entities' regions (Tab. 5, "Mask")
+    squash: bool = False             # frames resized to the square, not cropped: as in training
+    columns: tuple[str, ...] = ()    # of a .csv or .tsv: video=NAME text=NAME
+    vocab: str = "bert-base-uncased"  # for the authors' .ckpt, which carries no tokenizer
+    predictions: str = ""            # per-sample file; none: beside the checkpoint
     seconds: float = 3.0             # profile: time for each measurement
-    train: bool = False              # profile: the training step of one variant instead
-    variant: str = "B"               # profile --train: sizes
-    compile: bool = False            # profile --train: as train.py's
 
-
-def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
-    """(rank, world, device) of torchrun's job, which is joined; without torchrun a world of one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device(
-        "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        # torchrun's store outlives a crash: without a prefix a restarted worker would be led to the
-        # addresses that the killed one had left in it
-        store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
-                                world_size=world)
-    return rank, world, device
-
-
-def in_all_processes(part: list) -> list:
-    """The parts of all processes, in the order of ranks, as one list."""
-    if not dist.is_initialized():
-        return part
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return [item for part in parts for item in part]
+    def clips_of(self, model: AllInOne, tokenizer: Tokenizer, answers=None) -> Clips:
+        """The samples of `data` as the model reads them."""
+        c = model.config
+        return Clips(Manifest(self.data, self.columns), tokenizer, self.task, c.frames,
+                     c.image_size, c.max_text_len, train=False, views=self.clips,
+                     squash=self.squash, boxes=self.boxes, answers=answers)
 
 
 def reorder(video: Tensor, config: EvalConfig, index: Tensor) -> Tensor:
@@ -207,23 +257,33 @@ def reorder(video: Tensor, config: EvalConfig, index: Tensor) -> Tensor:
 
 
 def read(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
-         unreadable: list):
+         unreadable: list, indices=None):
     """Yields (collated items, their tensors by view) of this process's share, each sample once.
 
     Nothing is padded or dropped whatever the number of processes; `unreadable` gets what failed.
+    Passes are of neighbouring samples of one manifest. A model that draws at random (patch_order,
+    roll_select) does so by the sample: pass by pass of one, seeded.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = range(rank, len(clips), world)
-    keys = [list(mine[i:i + config.batch]) for i in range(0, len(mine), config.batch)]
-    together = functools.partial(collate, tokenizer=clips.tokenizer,
-                                 max_text_len=clips.max_text_len)
-    for items in load(clips, keys, together, config.workers):
+    c, manifest, keys = model.config, clips.manifest, []
+    by_chance = "random" in (c.patch_order, c.roll_select)
+    # VTM's pairs are drawn among 8 neighbours, on any number of processes the same
+    size = 1 if by_chance else config.batch
+    size = -(-size // 8) * 8 if config.task == "pretrain" else size
+    indices = range(len(clips)) if indices is None else indices
+    for end, lines in zip(manifest.ends, manifest.sizes):
+        mine = [(i, i) for i in indices if end - lines <= i < end]
+        keys += [mine[i:i + size] for i in range(0, len(mine), size)]
+    keys = keys[dist.get_rank()::dist.get_world_size()]
+    for items in load(clips, keys, functools.partial(collate, clips=clips, group=8),
+                      config.workers):
         unreadable += items["errors"]
         if not items["where"]:
             continue
         items["video"] = reorder(items["video"], config, items["index"])
         tensors = {k: v.to(device) for k, v in items.items() if isinstance(v, Tensor)}
         video = tensors["video"]
+        if by_chance:
+            torch.manual_seed(int(items["index"][0]))
         yield items, [tensors | {"video": view}
                       for view in (video.unbind(1) if video.dim() == 6 else [video])]
 
@@ -250,10 +310,7 @@ def evaluate(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, device: 
     Returns {"samples": N, "unreadable": [...], "predictions": [{where, kind, metrics, ...}]}, where
     metrics are what report() averages.
     """
-    manifest, c = Manifest(config.data), model.config
-    clips = Clips(manifest, tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
-                  train=False, views=config.clips, answers=answers)
-    model = model.to(device).eval()
+    clips, model = config.clips_of(model, tokenizer, answers), model.to(device).eval()
     unreadable = []
     if config.task == "retrieval":
         predictions = score_retrieval(model, clips, config, device, unreadable)
@@ -261,6 +318,9 @@ def evaluate(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, device: 
         predictions = []
         for items, views in read(model, clips, config, device, unreadable):
             with half_precision(device):
+                if config.task == "pretrain":
+                    predictions += predict_pretraining(model, items, views)
+                    continue
                 scores = sum(SCORES[config.task](model, view) for view in views) / len(views)
             check_scores(scores, items["where"])
             predictions += [predict(config.task, items, i, row, answers)
@@ -269,7 +329,7 @@ def evaluate(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, device: 
     if config.task == "qa":
         add_majority(predictions)
     if config.together:
-        predictions += all_right_together(predictions, manifest)
+        predictions += all_right_together(predictions, clips.manifest)
     unreadable = list(dict.fromkeys(in_all_processes(unreadable)))     # re-ranking reads twice
     return {"samples": len(clips), "unreadable": unreadable, "predictions": predictions}
 
@@ -292,6 +352,22 @@ def predict(task: str, items: dict, i: int, scores: Tensor, answers: list[str] |
     return about | {"metrics": {"accuracy %": right} | known}
 
 
+def predict_pretraining(model: AllInOne, items: dict, views: list[dict]) -> list[dict]:
+    """One prediction for each clip (kind "VTM") and for each masked word ("MLM"): Tab. 6, 9, 10."""
+    words, matched, _ = (sum(scores) if torch.is_tensor(scores[0]) else scores
+                         for scores in zip(*(score_pretraining(model, view) for view in views)))
+    check_scores(matched, items["where"])
+    m, found = items["text_ids"].shape[1], []
+    for scores, label, i in zip(words.cpu(), items["mlm_labels"].tolist(),
+                                (items["mlm_where"] // m).tolist()):
+        found += [("MLM", i, scores.float(), label)] if label >= 0 else []
+    found += [("VTM", i, scores, int(items["vtm_labels"][i]))
+              for i, scores in enumerate(matched.cpu())]
+    return [{"index": int(items["index"][i]), "where": items["where"][i], "kind": kind,
+             "label": label, "metrics": {"accuracy %": 100 * top(scores, label, 1)}}
+            for kind, i, scores, label in found]
+
+
 def top(scores: Tensor, label: int, k: int) -> float:
     """The chance that `label` is among the best k of scores (O,), ties drawn at random; -1: 0."""
     if label < 0:
@@ -312,13 +388,12 @@ def add_majority(predictions: list[dict]) -> None:
 
 def all_right_together(predictions: list[dict], manifest: Manifest) -> list[dict]:
     """VCR's Q->AR: line n of every manifest right, as predictions of kind "together"."""
-    lines = manifest.ends[0]
-    if manifest.ends != [lines * (i + 1) for i in range(len(manifest.paths))]:
+    if len(set(manifest.sizes)) > 1:
         raise ValueError("--together: the manifests differ in length; line n of each must be about "
                          "the same question, as `data.py convert vcr_qa` and vcr_qar write them")
     groups = {}
     for p in predictions:
-        groups.setdefault(p["index"] % lines, []).append(p)
+        groups.setdefault(p["index"] % manifest.sizes[0], []).append(p)
     whole = [group for group in groups.values() if len(group) == len(manifest.paths)]
     for group in whole:
         if len({manifest[p["index"]]["video"] for p in group}) > 1:
@@ -329,7 +404,114 @@ def all_right_together(predictions: list[dict], manifest: Manifest) -> list[dict
                          for name in group[0]["metrics"]}} for group in whole]
 
 
+# ---- Features that are kept: probes (Tab. 12), search ------------------------------------------
+
+def clip_key(sample: dict) -> str:
+    """What tells whether a clip's features still hold: file, size, time and window."""
+    try:
+        stat = os.stat(sample["video"])
+    except OSError:
+        return f"{sample['video']} is absent"
+    return f"{sample['video']} {stat.st_size} {stat.st_mtime_ns} {sample.get('start')} " \
+           f"{sample.get('end')}"
+
+
+@torch.no_grad()
+def kept_features(model: AllInOne, clips: Clips, encode, path: Path, config, device, say):
+    """({sample: feature}, unreadable): encode(model, view) of each clip, computed once.
+
+    They are kept in `path` as long as weights and model are the same, and read from there for
+    clips that have not changed. Written beside and renamed, in between too: a killed run goes on.
+    """
+    weights = zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for name, p in
+                                  model.named_parameters() if not name.startswith("answer_head")))
+    c = {k: v for k, v in asdict(model.config).items() if not k.startswith("answer")}
+    key, kept = json.dumps([weights, encode.__name__, c, clips.squash]), {}
+    try:
+        content = read_weights(path) if path.exists() else {}
+        if content.get("key") == key:
+            kept = dict(zip(content["names"], content["features"]))
+    except (ValueError, KeyError) as error:
+        say(f"{path}: computed anew ({error})")                # no more than a cache
+    names = [clip_key(clips.manifest[i]) for i in range(len(clips))]
+    missing = [i for i in range(len(clips)) if names[i] not in kept]
+    if not any(in_all_processes(missing)) and not missing:
+        return {i: kept[name] for i, name in enumerate(names)}, []
+
+    def save():
+        if dist.get_rank() == 0 and kept:
+            beside = path.with_suffix(".partial")
+            torch.save({"key": key, "names": list(kept),
+                        "features": torch.stack(list(kept.values()))}, beside)
+            beside.replace(path)
+
+    new, unreadable, since = [], [], time.monotonic()
+    reading = EvalConfig(task=clips.task, batch=config.batch or 16, workers=config.workers)
+    for items, (view, *_) in read(model.to(device).eval(), clips, reading, device, unreadable,
+                                  missing):
+        with half_precision(device):
+            found = list(zip(items["index"].tolist(), encode(model, view).float().cpu()))
+        new += found
+        say(f"\rfeatures of {len(new)} clips on each process", end="")
+        if dist.get_world_size() == 1:
+            kept |= {names[i]: feature for i, feature in found}
+            if time.monotonic() - since > 60:
+                save()
+                since = time.monotonic()
+    kept |= {names[i]: feature for i, feature in in_all_processes(new)}
+    unreadable = in_all_processes(unreadable)
+    say(f"\rfeatures of {len(missing) - len(unreadable)} clips; unreadable: {len(unreadable)}")
+    save()
+    return {i: kept[name] for i, name in enumerate(names) if name in kept}, unreadable
+
+
+def video_cls(model: AllInOne, view: dict) -> Tensor:
+    """(B, D): the cls token of the video alone, which a probe reads (Tab. 12)."""
+    return model.encode_video(view["video"])[:, 0]
+
+
+def cls_features(model: AllInOne, clips: Clips, path: Path, config, device, say):
+    """(what a probe trains on, what could not be read): a list of {feature, label, where, set}.
+
+    DataError if more than 1 clip in 10 cannot be read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = replace(config, batch=config.batch_per_gpu)
+    features, unreadable = kept_features(model, clips, video_cls, path, config, device, say)
+    if len(unreadable) > len(clips) / 10:
+        raise DataError(f"{len(unreadable)} of {len(clips)} clips cannot be read, above 1 in 10: "
+                        f"{'; '.join(unreadable[-3:])}")
+    samples = []
+    for i, feature in features.items():
+        sample = clips.manifest[i]
+        samples.append({"feature": feature, "label": clips.labels.get(sample.get("answer"), -1),
+                        "where": sample["where"], "set": clips.manifest.locate(i)[0]})
+    return samples, unreadable
+
+
 # ---- Retrieval (Sec. 4.2.2, Tab. 3, Tab. 7) -----------------------------------------------------
+
+BLOCK = 4096                      # candidates and queries whose cosines are in memory at once
+
+
+@dataclass
+class Side:
+    """One side of retrieval: as queries or as the gallery."""
+    names: list                   # file:line of each clip, file:line#k of its k-th caption
+    clip: Tensor                  # (G,) which clip each is or belongs to
+    features: Tensor              # (G, E), normalised
+
+    def cosines(self, rows: slice, gallery: Side) -> Tensor:
+        """(rows, gallery): products in float64, rounded: ties stay ties in blocks of any size."""
+        queries = self.features[rows].double()
+        return torch.cat([(queries @ part.double().T).float()
+                          for part in gallery.features.split(BLOCK)], 1)
+
+
+def both_ways(texts: Side, videos: Side) -> list[tuple[str, Side, Side]]:
+    """(direction, queries, gallery) of both."""
+    return [("text to video", texts, videos), ("video to text", videos, texts)]
+
 
 def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
                     unreadable: list) -> list[dict]:
@@ -341,9 +523,11 @@ def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: t
     for items, views in read(model, clips, config, device, unreadable):
         with half_precision(device):
             video = [model.video_proj(model.encode_video(view["video"])[:, 0]) for view in views]
-            text = model.encode_text(views[0]["text_ids"], views[0]["text_mask"])[:, 0]
-        video = sum(F.normalize(view.float(), dim=-1) for view in video) / len(views)   # (B, E)
-        text = F.normalize(model.text_proj(text).float(), dim=-1)                       # (T, E)
+            text = model.text_proj(model.encode_text(views[0]["text_ids"],
+                                                     views[0]["text_mask"])[:, 0])
+        video = sum(F.normalize(view, dim=-1) for view in video) / len(views)           # (B, E)
+        text = F.normalize(text, dim=-1)                                                # (T, E)
+        check_scores(video, items["where"])
         ids = [tuple(row[mask].tolist()) for row, mask in zip(items["text_ids"],
                                                               items["text_mask"])]
         for i, index in enumerate(items["index"].tolist()):
@@ -353,29 +537,33 @@ def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: t
     rows = sorted(in_all_processes(rows), key=lambda row: row[0])
     if not rows:
         return []
-    owner = torch.tensor([v for v, row in enumerate(rows) for _ in row[4]])           # (T,)
     ids = [words for row in rows for words in row[4]]
     first = {}
     once = [first.setdefault(words, t) for t, words in enumerate(ids)]   # equal words tie exactly
-    texts = torch.cat([row[3] for row in rows])[once]
-    cosines = texts @ torch.stack([row[2] for row in rows]).T                         # (T, N)
-    check_scores(cosines.T, [row[1] for row in rows])
-    right = owner[:, None] == torch.arange(len(rows))
-    directions = {"text to video": (cosines, right), "video to text": (cosines.T, right.T)}
-    if config.rerank:
-        directions = rerank(model, clips, config, device, unreadable, rows, ids, once, cosines,
-                            right)
-    clip_names = [row[1] for row in rows]
-    text_names = [f"{row[1]}#{k}" for row in rows for k in range(len(row[4]))]     # k-th caption
+    videos = Side([row[1] for row in rows], torch.arange(len(rows)),
+                  torch.stack([row[2] for row in rows]))
+    texts = Side([f"{row[1]}#{k}" for row in rows for k in range(len(row[4]))],
+                 torch.tensor([v for v, row in enumerate(rows) for _ in row[4]]),
+                 torch.cat([row[3] for row in rows])[once])
+    joint = rerank(model, clips, config, device, unreadable, rows, ids, once, texts,
+                   videos) if config.rerank else None
     predictions = []
-    for kind, (scores, own) in directions.items():
-        asked, found = ((text_names, clip_names) if kind == "text to video"
-                        else (clip_names, text_names))
-        for q, (above, wrong, true) in enumerate(zip(*(n.tolist() for n in places(scores, own)))):
-            recalls = {f"R@{k} %": 100 * recall(k, above, wrong, true) for k in (1, 5, 10)}
-            predictions.append({
-                "where": asked[q], "kind": kind, "best": found[int(scores[q].argmax())],
-                "metrics": recalls | {"rank": above + (wrong + true + 1) / (true + 1)}})
+    for kind, asked, gallery in both_ways(texts, videos):
+        mine = []
+        blocks = range(0, len(asked.names), BLOCK)
+        for begin in blocks[dist.get_rank()::dist.get_world_size()]:
+            part = slice(begin, begin + BLOCK)
+            scores = asked.cosines(part, gallery)                        # (block, G)
+            if joint:
+                scores = joint.order(scores, begin, kind)
+            own = asked.clip[part, None] == gallery.clip
+            for q, (best, above, wrong, true) in enumerate(zip(
+                    scores.argmax(1).tolist(), *(n.tolist() for n in places(scores, own)))):
+                recalls = {f"R@{k} %": 100 * recall(k, above, wrong, true) for k in (1, 5, 10)}
+                mine.append((begin + q, {
+                    "where": asked.names[begin + q], "kind": kind, "best": gallery.names[best],
+                    "metrics": recalls | {"rank": above + (wrong + true + 1) / (true + 1)}}))
+        predictions += [p for _, p in sorted(in_all_processes(mine), key=lambda row: row[0])]
     return predictions
 
 
@@ -398,84 +586,108 @@ def recall(k: int, above: int, wrong: int, right: int) -> float:
     return 1 - math.comb(wrong, drawn) / math.comb(wrong + right, drawn)
 
 
-def rerank(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
-           unreadable: list, rows: list, ids: list, once: list, cosines: Tensor,
-           right: Tensor) -> dict:
-    """The best config.rerank candidates of each query in the order of VTM's matched logit.
+@dataclass
+class Joint:
+    """VTM's matched logit of the pairs that are re-ranked, by direction."""
+    pairs: dict                   # {direction: (P, 2) query and candidate}
+    scores: dict                  # {direction: (P,) matched logit, float64}
+    lowest: float
 
-    once: for each caption the first one of the same words, which alone is scored.
-    Returns {direction: (scores, right)} as score_retrieval has them; whoever is not among the best
-    keeps its cosine and stays below them. Whoever ties with the last of the best is among them.
+    def order(self, cosines: Tensor, begin: int, kind: str) -> Tensor:
+        """A block of scores in which the pairs have their logit, raised above every cosine."""
+        query, candidate = self.pairs[kind].unbind(1)
+        here = (query >= begin) & (query < begin + len(cosines))
+        scores = cosines.double()                          # float32 would lose digits by the + 2
+        scores[query[here] - begin, candidate[here]] = self.scores[kind][here] - self.lowest + 2
+        return scores
+
+
+def rerank(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
+           unreadable: list, rows: list, ids: list, once: list, texts: Side, videos: Side) -> Joint:
+    """The best config.rerank candidates of each query, scored by VTM's matched logit.
+
+    once: for each caption the first one of the same words, which alone is scored. Whoever is not
+    among the best keeps its cosine; whoever ties with the last of the best is among them.
     """
-    T, N = cosines.shape
-    chosen = cosines >= cosines.topk(min(config.rerank, N), 1).values[:, -1:]         # (T, N)
-    chosen_t = cosines.T >= cosines.T.topk(min(config.rerank, T), 1).values[:, -1:]   # (N, T)
-    wanted = (chosen | chosen_t.T) & (torch.tensor(once) == torch.arange(T))[:, None]
-    m = max(map(len, ids))
-    words = torch.tensor([[*row, *[clips.tokenizer.pad_id] * (m - len(row))] for row in ids])
-    masks = torch.arange(m) < torch.tensor([len(row) for row in ids])[:, None]        # (T, m)
+    once, pairs = torch.tensor(once), {}
+    for kind, asked, gallery in both_ways(texts, videos):
+        chosen = []
+        for begin in range(0, len(asked.names), BLOCK):
+            cosines = asked.cosines(slice(begin, begin + BLOCK), gallery)
+            last = cosines.topk(min(config.rerank, cosines.shape[1]), 1).values[:, -1:]
+            chosen.append((cosines >= last).nonzero() + torch.tensor([begin, 0]))
+        pairs[kind] = torch.cat(chosen)
+    N = len(rows)
+    numbers = {kind: once[pair[:, side]] * N + pair[:, 1 - side] for side, (kind, pair) in
+               enumerate(pairs.items())}
+    wanted = torch.cat(list(numbers.values())).unique()        # caption * N + clip, in order
     place = {row[0]: v for v, row in enumerate(rows)}
     found = []
     for items, views in read(model, clips, config, device, unreadable):
-        columns = torch.tensor([place[index] for index in items["index"].tolist()])
-        pairs = wanted[:, columns].nonzero()                                          # (P, 2)
-        for view in views:
-            with half_precision(device):
-                video = model.embed_video(view["video"])
-                for t, b in (part.unbind(1) for part in pairs.split(8 * config.batch)):
-                    text = model.embed_text(words[t].to(device))
-                    pooled = model.fuse(video[b.to(device)], text, masks[t].to(device)).pooled
-                    matched = model.vtm_head(pooled)[:, 1].float().cpu()
-                    check_scores(matched, [items["where"][i] for i in b])
-                    found.append((t, columns[b], matched / len(views)))
-    joint = torch.zeros(T, N, dtype=torch.float64)       # float32 would lose digits by the + 2
-    scored = torch.zeros(T, N, dtype=torch.bool)         # but for clips that cannot be read again
-    for t, v, matched in in_all_processes(found):
-        joint.index_put_((t, v), matched.double(), accumulate=True)
-        scored[t, v] = True
-    joint = (joint - joint.min() + 2)[once]                               # above every cosine
-    chosen, chosen_t = chosen & scored[once], chosen_t & scored[once].T
-    return {"text to video": (torch.where(chosen, joint, cosines), right),
-            "video to text": (torch.where(chosen_t, joint.T, cosines.T), right.T)}
+        for b, index in enumerate(items["index"].tolist()):
+            captions = wanted[wanted % N == place[index]] // N
+            for part in captions.split(8 * config.batch):
+                length = max(len(ids[t]) for t in part)
+                padded = torch.tensor([[*ids[t], *[0] * (length - len(ids[t]))] for t in part])
+                mask = torch.arange(length) < torch.tensor([len(ids[t]) for t in part])[:, None]
+                logits = 0
+                for view in views:
+                    with half_precision(device):
+                        video = model.embed_video(view["video"][b:b + 1]).expand(
+                            len(part), -1, -1, -1)
+                        text = model.embed_text(padded.to(device))
+                        pooled = model.fuse(video, text, mask.to(device)).pooled
+                        logits += model.vtm_head(pooled)[:, 1].cpu() / len(views)
+                check_scores(logits, [items["where"][b]] * len(part))
+                found.append((part * N + place[index], logits.double()))
+    numbers_found, logits = (torch.cat(side) for side in zip(*in_all_processes(found)))
+    order = numbers_found.argsort()
+    numbers_found, logits = numbers_found[order], logits[order]
+    for kind, number in numbers.items():                       # but for clips unreadable this time
+        at = torch.searchsorted(numbers_found, number).clamp(max=len(numbers_found) - 1)
+        there = numbers_found[at] == number
+        pairs[kind], numbers[kind] = pairs[kind][there], logits[at[there]]
+    return Joint(pairs, numbers, float(logits.min()))
 
 
 # ---- The report, beside the paper ---------------------------------------------------------------
 
+ABLATIONS = [  # zero-shot, All-in-one-B, Tab. 6 and 8 to 11: on LSMDC, on MSR-VTT
+    "Tab. 6, 200K: scratch 51.4, ImageNet 52.2, 21K 52.5, 800K: scratch 55.5, 21K 55.7; Tab. 8a: "
+    "single frame 32.78, time average 35.16, 3 frames 47.33, channel shift 48.24, flatten 51.40, "
+    "rolling 52.75; Tab. 8b, ratio 0 47.21, 0.1 48.52, 0.25 52.90, 0.5 50.47, 0.75 44.55; Tab. 9: "
+    "timesformer 53.2, decoupled 52.1, rolling 55.7; Tab. 10: none 53.2, SPE 54.5, both 55.7; Tab. "
+    "11a, from 1 56.15, 3 55.34, 6 54.40; Tab. 11b: random 54.88, varying 50.83, block 55.81",
+    "Tab. 8a: single frame 67.22, time average 68.25, 3 frames 72.82, channel shift 73.16, flatten "
+    "73.28, rolling 75.42; Tab. 8b, ratio 0 72.80, 0.1 73.59, 0.25 76.44, 0.5 74.89, 0.75 69.45; "
+    "Tab. 9: timesformer 75.4, decoupled 74.5, rolling 77.3; Tab. 10: none 74.4, SPE 76.1, both "
+    "78.2; Tab. 11a, from 1 76.16, 3 75.16, 6 73.31; Tab. 11b: random 75.03, varying 72.23, block "
+    "76.37"]
 PAPER = {  # by the name that data.py convert gives a data set; R@1/5/10 where it is retrieval
-    "tgif_action": ("Tab. 2a", {"Ti": "80.6", "S": "91.2", "B, 1 frame": "92.9", "B": "92.7",
-                                "B, 384 px": "94.7", "B*": "95.5"}),
-    "tgif_transition": ("Tab. 2a", {"Ti": "83.5", "S": "92.7", "B, 1 frame": "94.2", "B": "94.3",
-                                    "B, 384 px": "95.1", "B*": "94.7"}),
-    "tgif_frameqa": ("Tab. 2a", {"Ti": "53.9", "S": "64.0", "B, 1 frame": "62.5", "B": "64.2",
-                                 "B, 384 px": "65.4", "B*": "66.3"}),
-    "msrvtt_qa": ("Tab. 2b", {"S": "39.5", "B": "42.9", "B, 3 x 3": "44.3", "B*": "46.8"}),
-    "msvd_qa": ("Tab. 2c", {"S": "41.7", "B": "46.5", "B, 3 x 3": "47.9", "B*": "48.3"}),
-    "msrvtt_9k": ("Tab. 3a and 7, text to video | video to text", {
-        "B": "37.1/66.7/75.9 | 37.5/66.1/77.4", "B, 3 x 3": "37.9/68.1/77.1",
-        "B, VTC only": "36.7/62.6/72.2 | 36.4/62.9/71.9",
-        "B, VTM only": "33.3/67.0/76.9 | 34.4/66.3/76.6"}),
-    "msrvtt_7k": ("Tab. 3a, text to video", {"B": "33.8/64.2/74.3", "B, 3 x 3": "34.4/65.4/75.8"}),
-    "activitynet": ("Tab. 3b, text to video", {"B": "21.5/50.3/65.5, median rank 6",
-                                               "B, 3 x 3": "22.4/53.7/67.7, median rank 5"}),
-    "didemo": ("Tab. 3c and 7, text to video | video to text", {
-        "B": "31.2/60.5/72.1, median rank 3 (59.5 for 60.5 in Tab. 7) | 30.4/58.3/69.4",
-        "B, 3 x 3": "32.7/61.4/73.5, median rank 3",
-        "B, VTC only": "29.6/47.3/56.67 | 29.6/48.0/57.2",
-        "B, VTM only": "30.2/57.5/68.7 | 27.7/59.6/69.5"}),
-    "msrvtt_mc": ("Tab. 4a", {"B, zero-shot": "80.3", "B": "91.4", "B, 3 x 3": "92.0",
-                              "B*": "92.3"}),
-    "lsmdc_mc": ("Tab. 4b", {"B, zero-shot": "56.3", "B": "83.1", "B, 3 x 3": "83.5",
-                             "B*": "84.4"}),
-    "vcr_qa": ("Tab. 5", {"B, CC3M + COCO": "60.5", "B, HowTo100M": "68.4",
-                          "B, HowTo100M, no regions drawn": "65.2"}),
-    "kinetics400": ("Tab. 12, top-1/5/10", {
-        "B": "50.8/79.8/90.7", "B, 8 frames": "53.4/83.2/92.6",
-        "B, time average": "44.3/75.2/87.3"}),
-    "hmdb51": ("Tab. 12, top-1/5/10", {
-        "B": "52.9/84.1/93.4", "B, 8 frames": "55.7/88.2/95.2",
-        "B, time average": "43.1/75.5/90.5"}),
-    "ego4d_mc": ("Tab. 13", {"B, zero-shot": "36.52", "B": "65.89",
-                             "B, time average": "59.44, zero-shot 27.34"}),
+    "tgif_action": "Tab. 2a: Ti 80.6, S 91.2, B 92.7 (1 frame 92.9, 384 px 94.7), B* 95.5",
+    "tgif_transition": "Tab. 2a: Ti 83.5, S 92.7, B 94.3 (1 frame 94.2, 384 px 95.1), B* 94.7",
+    "tgif_frameqa": "Tab. 2a: Ti 53.9, S 64.0, B 64.2 (1 frame 62.5, 384 px 65.4), B* 66.3",
+    "msrvtt_qa": "Tab. 2b: S 39.5, B 42.9 (3 x 3 44.3), B* 46.8",
+    "msvd_qa": "Tab. 2c: S 41.7, B 46.5 (3 x 3 47.9), B* 48.3",
+    "msrvtt_9k": "Tab. 3a, 7, text to video: B 37.1/66.7/75.9 (3 x 3 37.9/68.1/77.1, VTC only "
+                 "36.7/62.6/72.2, VTM only 33.3/67.0/76.9, HowTo100M only 29.5/63.3/71.9); video "
+                 "to text: B 37.5/66.1/77.4 (VTC only 36.4/62.9/71.9, VTM only 34.4/66.3/76.6)",
+    "msrvtt_7k": "Tab. 3a: B 33.8/64.2/74.3 (3 x 3 34.4/65.4/75.8, HowTo100M only 26.5/59.4/69.8)",
+    "activitynet": "Tab. 3b: B 21.5/50.3/65.5, median rank 6 (3 x 3 22.4/53.7/67.7, 5)",
+    "didemo": "Tab. 3c, 7, text to video: B 31.2/60.5/72.1, median rank 3 (59.5 for 60.5 in Tab. "
+              "7; 3 x 3 32.7/61.4/73.5, VTC only 29.6/47.3/56.67, VTM only 30.2/57.5/68.7); video "
+              "to text: B 30.4/58.3/69.4 (VTC only 29.6/48.0/57.2, VTM only 27.7/59.6/69.5)",
+    "msrvtt_mc": "Tab. 4a: B 91.4 (3 x 3 92.0), B* 92.3; zero-shot: B 80.3; " + ABLATIONS[1],
+    "lsmdc_mc": "Tab. 4b: B 83.1 (3 x 3 83.5), B* 84.4; zero-shot: B 56.3; " + ABLATIONS[0],
+    "vcr_qa": "Tab. 5: B 60.5 (CC3M + COCO), 68.4 (HowTo100M), 65.2 (HowTo100M, no regions drawn)",
+    "kinetics400": "Tab. 12, top-1/5/10: B 50.8/79.8/90.7 (8 frames 53.4/83.2/92.6, time average "
+                   "44.3/75.2/87.3)",
+    "hmdb51": "Tab. 12, top-1/5/10: B 52.9/84.1/93.4 (8 frames 55.7/88.2/95.2, time average "
+              "43.1/75.5/90.5)",
+    "ego4d_mc": "Tab. 13: B 65.89, zero-shot 36.52 (time average 59.44, zero-shot 27.34)",
+    "webvid": "Tab. 6, VTM / MLM accuracy: B 90.4 / 60.5 after 200K steps from ImageNet-21K (from "
+              "ImageNet 90.5 / 60.3, from scratch 89.8 / 58.7; 800K steps 92.1 / 62.2, from "
+              "scratch 91.5 / 62.3)",
 }
 
 
@@ -540,10 +752,8 @@ def report(result: dict, config: EvalConfig, model: Config, say=print) -> dict[s
         say(f"INCOMPLETE: {len(result['unreadable'])} of {result['samples']} samples unreadable:")
         for line in result["unreadable"]:
             say(f"  {line}")
-    table, numbers = PAPER.get(paths[0].parent.name, ("", {}))
-    variant = next((name for name, sizes in VARIANTS.items() if sizes["width"] == model.width), "-")
-    if rows := [f"{k} {v}" for k, v in numbers.items() if k.startswith(variant)]:
-        say(f"paper, {table}: {'; '.join(rows)}")
+    if numbers := PAPER.get(paths[0].parent.name):
+        say(f"paper, {numbers}")
     return first
 
 
@@ -555,26 +765,6 @@ def write_predictions(path: Path, predictions: list[dict]) -> None:
 
 
 # ---- What it costs (Tab. 1, Fig. 1c, Fig. 3) -----------------------------------------------------
-
-# bf16 without sparsity, from the data sheets
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-def peak_flops(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s, where from): the data sheet's for known GPUs, else measured by a matrix product."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, peak in PEAKS.items():
-            if key in name:
-                return peak, f"data sheet, {name}, bf16 without sparsity"
-    a = torch.rand(1024, 1024, device=device)
-    best = 1e9
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024 ** 3 / best, "measured here, float32 product of 1024 x 1024"
-
 
 def count_parameters(model: AllInOne, heads: bool = True) -> int:
     """Parameters, with all objective heads or, as Tab. 1 counts, without MLM's and VTC's."""
@@ -610,181 +800,92 @@ def count_macs(config: Config) -> dict[str, float]:
 @torch.no_grad()
 def measure_throughput(config: Config, device: torch.device, batch: int, seconds: float) -> float:
     """Clips a second through the joint pass with full-length text, in evaluation mode (Tab. 1)."""
-    model = AllInOne(config).to(device).eval()
-    size = config.image_size
+    model, size = AllInOne(config).to(device).eval(), config.image_size
     video = torch.randint(256, (batch, config.frames, 3, size, size), device=device).byte()
     ids = torch.randint(config.vocab_size, (batch, config.max_text_len), device=device)
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    clips, start = 0, None
-    while start is None or time.perf_counter() - start < seconds:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    clips, start = -batch, 0.0
+    while clips < batch or time.perf_counter() - start < seconds:
+        with half_precision(device):
             model(video, ids).pooled.sum().item()              # .item() waits for the device
-        if start is None:                                      # the first pass warms up
-            start = time.perf_counter()
-        else:
-            clips += batch
+        clips += batch
+        start = start or time.perf_counter()                   # the first pass warms up
     return clips / (time.perf_counter() - start)
 
 
-TABLE_1 = {"Ti": (12, 745), "S": (33, 285), "B": (110, 89)}    # M parameters, videos/s (Tab. 1)
+TABLE_1 = {"Ti": (12, 745), "S": (33, 285), "B": (110, 89),    # M parameters, videos/s (Tab. 1)
+           "B timesformer": (180.5, "-"), "B decoupled": (192, "-")}                    # (Tab. 9)
 
 
 def profile(config: dict, device: torch.device, batch: int, seconds: float) -> None:
     """`--task profile`: what each variant costs, beside Tab. 1; then B's rows of Tab. 8a and 9."""
     base = Config(**config)
-    print(f"Multiply-adds of one clip ({base.frames} frames of {base.image_size} px, "
-          f"{base.max_text_len} text tokens); what the paper calls FLOPs\nare multiply-adds (about "
-          "58 G for B in Fig. 1c). Tab. 1 counts parameters without the MLM and VTC heads\n"
-          "(the release with MLM's: Ti 17.4, S 45.5, B 133.9 M).\n"
-          f"Throughput: joint pass, batch {batch}, on {device.type} "
-          f"({torch.get_num_threads()} threads).\n")
+    print(f"Multiply-adds (the paper's FLOPs) of one clip, {base.frames} frames of "
+          f"{base.image_size} px, {base.max_text_len} tokens of text;\nparameters without the MLM "
+          f"and VTC heads, as Tab. 1; joint pass in batches of {batch} on {device.type}, "
+          f"{torch.get_num_threads()} threads.\n")
     columns = ("params M", "all heads", "joint G", "attention G", "video G", "text G", "clips/s",
                "paper M", "paper clips/s")
     print(" " * 16 + "".join(f"{name:>{len(name) + 2}}" for name in columns))
-    rows = [(name, dict(VARIANTS[name])) for name in VARIANTS]
-    rows += [(f"B {name}", dict(VARIANTS["B"], temporal=name)) for name in CHOICES["temporal"][1:]]
-    for name, sizes in rows:
+    rows = VARIANTS | {f"B {name}": VARIANTS["B"] | {"temporal": name}
+                       for name in typing.get_args(Temporal)[1:]}
+    for name, sizes in rows.items():
         c = Config(**{**config, **sizes})
         with torch.device("meta"):
             model = AllInOne(c)
-        macs = {k: v / 1e9 for k, v in count_macs(c).items()}
-        paper = TABLE_1.get(name, {"B timesformer": (180.5, "-"), "B decoupled": (192, "-")}.get(
-            name, ("-", "-")))
         speed = measure_throughput(c, device, batch, seconds) if seconds else float("nan")
+        macs = count_macs(c)
         cells = [count_parameters(model, heads=False) / 1e6, count_parameters(model) / 1e6,
-                 macs["joint"], macs["attention"], macs["video"], macs["text"], speed, *paper]
+                 *(macs[kind] / 1e9 for kind in ("joint", "attention", "video", "text")), speed,
+                 *TABLE_1.get(name, ("-", "-"))]
         print(f"{name:<16}" + "".join(
             f"{cell if isinstance(cell, (str, int)) else format(cell, '.1f'):>{len(column) + 2}}"
             for cell, column in zip(cells, columns)))
-    rolling, flat = (count_macs(Config(**{**config, **VARIANTS["B"], "temporal": name}))
-                     for name in ("token_rolling", "flatten"))
-    print(f"\nFlatten (Sec. 3.2): {flat['attention'] / rolling['attention']:.1f} times rolling's "
-          f"attention products, {flat['joint'] / rolling['joint']:.2f} times its total: rolling "
-          "pays for\nthe text once a frame, flatten once a clip.")
-
-
-def training_batch(config: Config, batch: int, device: torch.device) -> dict:
-    """A batch as data.collate makes it: random pixels and full-length text, 6 words masked."""
-    B, m, size = batch, config.max_text_len, config.image_size
-    ids = torch.randint(config.vocab_size, (B, m), device=device)
-    where = torch.rand(B, m, device=device).topk(min(6, m)).indices
-    where = (where + m * torch.arange(B, device=device)[:, None]).flatten()
-    return {"video": torch.randint(256, (B, config.frames, 3, size, size), device=device).byte(),
-            "text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool), "mlm_ids": ids,
-            "mlm_where": where, "mlm_labels": ids.flatten()[where],
-            "vtm_source": torch.arange(B, device=device).roll(1),
-            "vtm_labels": torch.zeros(B, dtype=torch.int64, device=device)}
-
-
-def plain_losses(model: AllInOne, batch: dict) -> dict:
-    """VTM and MLM as written down at first: two joint passes over float clips, each of which embeds
-    its video anew, and |V| logits at every position."""
-    video = (batch["video"].float() / 255 - model.mean) / model.std
-    logits = model.mlm_head(model(video, batch["mlm_ids"], batch["text_mask"]).text)
-    labels = torch.full_like(batch["text_ids"], -100).flatten()
-    labels[batch["mlm_where"]] = batch["mlm_labels"]
-    pooled = model(video[batch["vtm_source"]], batch["text_ids"], batch["text_mask"]).pooled
-    return {"mlm": mlm_loss(logits.flatten(0, 1), labels) / len(batch["mlm_labels"]),
-            "vtm": vtm_loss(model.vtm_head(pooled), batch["vtm_labels"])}
-
-
-def profile_training(config: Config, device: torch.device, size: int, seconds: float,
-                     compile: bool) -> None:
-    """`--task profile --train`: a step of pre-training (VTM and MLM, forward, backward, AdamW).
-
-    Prints clips/s, MFU, peak memory (with the weights of both), and the ratio to the plain step:
-    plain_losses and an unfused AdamW. Both take turns on one batch of `size` clips; medians of
-    elapsed time on a GPU. On a CPU, of CPU time (others may use its cores), of which MFU would mean
-    nothing.
-    """
-    from train import Objectives, compiled     # train.py imports this file
-    cuda, (peak, basis) = device.type == "cuda", peak_flops(device)
-    half = cuda and torch.cuda.is_bf16_supported()
-    clock = time.perf_counter if cuda else time.process_time
-    batch, words = training_batch(config, size, device), torch.tensor(6.0 * size, device=device)
-    steps, flops = {}, 0
-    for name in ("ours", "plain"):
-        model = AllInOne(config).to(device).train()
-        objectives = Objectives(model, ("vtm", "mlm"))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                      fused=name == "ours", foreach=False)
-
-        def step(model=model, objectives=objectives, optimizer=optimizer, name=name):
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                losses = (objectives(batch, words)[0] if name == "ours"
-                          else plain_losses(model, batch))
-            sum(losses.values()).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if cuda:
-                torch.cuda.synchronize()
-
-        if name == "ours":
-            with FlopCounterMode(display=False) as counter:
-                step()
-            flops = counter.get_total_flops()
-            if compile:
-                model.transform = compiled(model.transform, device)
-        step()                                                 # warms up, compiles
-        steps[name] = step
-    times = {name: [] for name in steps}
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times["plain"]) < 3:
-        for name, step in steps.items():
-            start = clock()
-            step()
-            times[name].append(clock() - start)
-    ours, plain = (sorted(t)[len(t) // 2] for t in times.values())
-    print(f"Training step, VTM and MLM: {size} clips of {config.frames} frames of "
-          f"{config.image_size} px and {config.max_text_len} text tokens, "
-          f"{'bf16' if half else 'float32'}{', compiled' if compile else ''}\n"
-          f"{size / ours:.2f} clips/s; plain {size / plain:.2f} clips/s; ratio {plain / ours:.2f}")
-    if cuda:
-        print(f"MFU {flops / ours / peak:.1%} of {peak / 1e12:.3g} TFLOP/s ({basis}); "
-              f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
 # ---- Command line -------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Score or profile All-in-one.", allow_abbrev=False)
-    add_flags(parser, EvalConfig, {"task": (*SCORES, "retrieval", "profile"), "variant": VARIANTS})
-    add_flags(parser, Config, CHOICES)
+    add_flags(parser.add_argument_group("what to score"), EvalConfig)
+    add_flags(parser.add_argument_group("model, over the checkpoint's"), Config)
     given = given_flags(parser, argv)
     fields = {field.name for field in dataclasses.fields(EvalConfig)}
     config = EvalConfig(**{k: v for k, v in given.items() if k in fields})
     sizes = {k: v for k, v in given.items() if k not in fields}
     if config.task == "profile":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if config.train:
-            profile_training(Config(**{**VARIANTS[config.variant], **sizes}), device, config.batch,
-                             config.seconds, config.compile)
-        else:
-            profile(sizes, device, config.batch, config.seconds)
-        return
-    if not config.data or not config.checkpoint:
-        parser.error(f"--task {config.task} needs --data MANIFEST and --checkpoint FILE")
-    if min(config.batch, config.clips) < 1:
-        parser.error("--batch and --clips must be 1 or more")
+        return profile(sizes, device, config.batch, config.seconds)
     changes = [name for name in ("shuffle_frames", "reverse", "repeat_first")
                if getattr(config, name)]
-    if len(changes) > 1:
-        parser.error(f"--{' and --'.join(changes)}: one at a time")
-    if config.rerank and config.task != "retrieval":
-        parser.error("--rerank is for --task retrieval")
-    rank, world, device = join_processes(torch.cuda.is_available())
-    say = print if rank == 0 else lambda *_: None
-    try:
-        model, tokenizer, content = load_model(config.checkpoint, config.vocab, say, **sizes)
-        check_head(config, model, content)
-        if config.task == "retrieval" and "vtc" not in content.get("config", {}).get(
-                "objectives", ()) and not config.rerank:
+    for wrong, message in (
+            (not config.data or not config.checkpoint,
+             f"--task {config.task} needs --data MANIFEST and --checkpoint FILE"),
+            (min(config.batch, config.clips) < 1, "--batch and --clips must be 1 or more"),
+            (len(changes) > 1, f"--{' and --'.join(changes)}: one at a time"),
+            (config.rerank and config.task != "retrieval", "--rerank is for --task retrieval")):
+        if wrong:
+            parser.error(message)
+    with joined_processes() as device:
+        say = print if dist.get_rank() == 0 else lambda *_, **__: None
+        content = read_weights(config.checkpoint)
+        model, tokenizer, answers = checkpoint_model(content, config.checkpoint, config.vocab, say,
+                                                     **sizes)
+        trained = content.get("config", {})
+        config = replace(config, squash=config.squash or trained.get("squash", False))
+        if config.task in ("qa", "probe") and trained.get("task") != config.task:
+            raise ValueError(
+                f"{config.checkpoint} was trained for {trained.get('task', 'another task')}: "
+                f"fine-tune it with train.py --task {config.task} --init {config.checkpoint}")
+        # of the authors' files those that were fine-tuned for retrieval have projections
+        vtc = "vtc" in trained.get("objectives", ()) or any(
+            "txt_proj" in name for name in content.get("state_dict", ()))
+        if config.task == "retrieval" and not vtc and not config.rerank:
             raise ValueError(f"{config.checkpoint} was not trained with VTC, its cosines mean "
                              "nothing: fine-tune it (train.py --task retrieval), or give --rerank "
                              "the number of candidates to score by VTM")
-        result = evaluate(model, tokenizer, config, device, content.get("answers"))
+        result = evaluate(model, tokenizer, config, device, answers)
         report(result, config, model.config, say)
-        if rank == 0:
+        if dist.get_rank() == 0:
             data = Path(config.data[0])
             how = [config.task, data.parent.name, data.stem, *changes]
             how += [f"{name}{value}" for name, value, plain in (
@@ -793,17 +894,6 @@ def main(argv: list[str] | None = None) -> None:
                         Path(config.checkpoint).parent / f"{'-'.join(how)}.predictions.jsonl")
             write_predictions(path, result["predictions"])
             say(f"per-sample predictions: {path}")
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
-
-
-def check_head(config: EvalConfig, model: AllInOne, content: dict) -> None:
-    """ValueError if an open-ended task is asked of a checkpoint that was not trained for it."""
-    trained = {"paper": "qa", "release": "qa", "linear": "probe"}[model.config.answer_head]
-    if config.task in ("qa", "probe") and (not content.get("answers") or trained != config.task):
-        raise ValueError(f"{config.checkpoint} has no answers for --task {config.task}: fine-tune "
-                         f"it with train.py --task {config.task} --init {config.checkpoint}")
 
 
 if __name__ == "__main__":

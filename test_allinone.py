@@ -30,6 +30,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # several processes share few cores here
 
@@ -41,11 +42,11 @@ import torch
 import data
 import eval
 import train
-from allinone import (CHOICES, VARIANTS, AllInOne, Config, channel_shift, load_release, load_vit,
-                      mlm_loss, token_rolling, vtc_loss, vtm_loss,
-                      word_patch_alignment_loss, word_patch_distance)
+from allinone import (VARIANTS, AllInOne, Config, Select, Temporal, channel_shift, load_release,
+                      load_vit, mlm_loss, token_rolling, vtc_loss, vtm_loss,
+                      word_patch_alignment_loss, word_patch_transport)
 from data import (DATASETS, Batches, Clips, DataError, Manifest, Tokenizer, Unreadable,
-                  _entries, _speech_windows, augment, collate, convert, decode, mask_tokens,
+                  entries, speech_windows, augment, collate, convert, decode, mask_tokens,
                   sample_frames, shuffled, vtm_pairs)
 from eval import count_macs, count_parameters
 
@@ -138,7 +139,7 @@ def test_one_frame_does_not_roll():
 
 
 @pytest.mark.parametrize("ratio", [0, 0.1, 0.25, 0.5, 0.75])                 # Tab. 8b
-@pytest.mark.parametrize("select", CHOICES["roll_select"])                   # Tab. 11b
+@pytest.mark.parametrize("select", get_args(Select))                   # Tab. 11b
 def test_a_frame_reads_exactly_the_stated_share_of_its_patches_from_the_frame_before(ratio, select):
     S, n = 3, 196
     source = torch.arange(S).repeat_interleave(1 + n).view(S, 1 + n, 1).float()  # own frame
@@ -233,7 +234,7 @@ def test_cyclic_rolling_cannot_tell_where_a_cycle_starts():  # the roll wraps ar
     assert torch.allclose(model(video, ids).pooled, model(video.roll(1, 1), ids).pooled, atol=1e-5)
 
 
-@pytest.mark.parametrize("temporal", CHOICES["temporal"])
+@pytest.mark.parametrize("temporal", get_args(Temporal))
 def test_padding_changes_nothing_and_a_clip_alone_equals_the_clip_in_a_batch(temporal):
     model = build(temporal=temporal)
     video, ids = clip(B=2), words(B=2)
@@ -323,9 +324,9 @@ def test_flatten_pays_more_for_attention_but_not_in_total():  # Fig. 3 and Sec. 
     (lambda m: token_rolling(torch.randn(4, 17, 8), 3), "not whole clips"),
     (lambda m: Config(temporal="rolling"), "it can be 'token_rolling'"),
     (lambda m: Config(roll_ratio=1.5), "share of the patches"),
-    (lambda m: Config(width=100), "not divisible by heads"),
+    (lambda m: Config(width=100), "divisible by heads"),
     (lambda m: Config(frames=0), "frames is 0"),
-    (lambda m: Config(roll="release", roll_select="random"), "needs roll 'paper'"),
+    (lambda m: Config(roll="release", roll_select="random"), "roll_select other than"),
 ])
 def test_wrong_inputs_raise_the_message_a_person_needs(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -360,7 +361,7 @@ def test_losses_are_computed_in_float32_under_autocast():
     torch.manual_seed(0)
     text, video, mask = torch.randn(4, 6), torch.randn(4, 6), torch.ones(2, 5, dtype=torch.bool)
     words, patches = torch.randn(2, 5, 8), torch.randn(2, 9, 8)
-    losses = [lambda: vtc_loss(text, video), lambda: word_patch_distance(words, patches, mask),
+    losses = [lambda: vtc_loss(text, video), lambda: word_patch_transport(words, patches, mask)[0],
               lambda: vtm_loss(text[:, :2], torch.tensor([0, 1, 1, 0])),
               lambda: mlm_loss(text, torch.tensor([5, 1, -100, 0]))]
     for loss in losses:
@@ -505,7 +506,8 @@ def test_released_weights_give_the_releases_own_numbers(order, tmp_path):
             "text, token 1": features.text[:, 1, :8],
             "video cls": features.video[:, 0, :8],
             "mlm_logits, token 2": model.mlm_head(features.text)[:, 2, :8],
-            "word_patch_distance": word_patch_distance(features.text, features.video[:, 1:], mask),
+            "word_patch_distance": word_patch_transport(
+                features.text, features.video[:, 1:], mask)[0],
             "video_embedding": clips[:, :8], "text_embedding": text[:, :8],
             "vtc_loss": vtc_loss(text, clips)}
     assert ours.keys() == RELEASE[order].keys()
@@ -550,8 +552,8 @@ def test_a_distilled_release_keeps_its_second_class_token_and_rolls_it(tmp_path)
                                    "transformer.pos_embed": torch.randn(1, 18, 48)}
     torch.save({"state_dict": weights}, tmp_path / "s.ckpt")
     model, report = load_release(tmp_path / "s.ckpt", heads=4)
-    assert model.config.distilled and not model.config.temporal_position # S never used it
-    assert report["ignored"] == ["temporal_embed"]
+    assert model.config.distilled and not model.config.temporal_position  # S never used it
+    assert not report["ignored"]
     rolled = []
     model.blocks[0].register_forward_pre_hook(lambda module, args: rolled.append(args[0]))
     model.eval()(clip(), words())
@@ -638,7 +640,7 @@ def test_patch_positions_are_interpolated_to_a_larger_grid(tmp_path):  # Tab. 2a
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w | {"blocks.0.gamma": torch.zeros(1)}, r"1 unknown tensors \(blocks.0.gamma\)"),
+    (lambda w: w | {"blocks.0.gamma": torch.zeros(1)}, r"1 unknown tensors, .*\(blocks.0.gamma\)"),
     (lambda w: {k: v for k, v in w.items() if k != "norm.bias"}, r"1 missing \(norm.bias\)"),
     (lambda w: w | {"cls_token": torch.zeros(1, 1, 64)}, "another variant"),
     (lambda w: w | {"dist_token": torch.zeros(1, 1, 32)}, "--distilled")])
@@ -735,8 +737,8 @@ SERIAL = {"H.264 in a transport stream, starting late", "H.264 in AVI",
 
 @pytest.mark.parametrize("kind", FILMS)
 def test_each_chosen_frame_equals_that_frame_of_a_full_decode(kind, tmp_path, monkeypatch):
-    serially, serial = data._decode_serially, []
-    monkeypatch.setattr(data, "_decode_serially", lambda *task: serial.append(1) or serially(*task))
+    serially, serial = data.decode_serially, []
+    monkeypatch.setattr(data, "decode_serially", lambda *task: serial.append(1) or serially(*task))
     name, options = FILMS[kind]
     path = film(tmp_path / name, **options)
     truth, counts = every_frame(path, 48), []
@@ -944,7 +946,8 @@ def test_a_bad_manifest_line_is_named_by_file_and_line(tmp_path):
     path.write_text('{"video": "a.mp4"}\n{"video": "a.mp4", text}\n{"text": "no film"}\n\n'
                     '{"video": "b"}\n'
                     '{"video": "c", "start": "1.5"}')
-    for line, complaint in [(1, "not JSON"), (2, 'lacks "video"'), (3, "not JSON"),
+    for line, complaint in [(1, "not JSON"), (2, 'lacks "video"; its keys are text'),
+                            (3, "not JSON"),
                             (5, "\"start\" is '1.5'")]:
         with pytest.raises(DataError, match=complaint) as caught:
             Manifest(path)[line]
@@ -966,7 +969,7 @@ def test_shuffling_is_a_permutation_that_needs_no_list():
 
 def test_any_number_of_processes_sees_the_same_batches_and_resuming_skips_nothing():
     def run(world, accumulate, start=0, steps=10):
-        parts = [list(Batches(50, 24, 3, rank, world, start, accumulate, steps))
+        parts = [list(Batches([50], 24, 3, rank, world, start, accumulate, steps))
                  for rank in range(world)]
         return [[visit for part in parts for micro in part[t * accumulate:(t + 1) * accumulate]
                  for visit in micro] for t in range(steps - start)]
@@ -978,7 +981,7 @@ def test_any_number_of_processes_sees_the_same_batches_and_resuming_skips_nothin
     assert sorted(index for index, _ in visits[:50]) == list(range(50))     # an epoch visits all
     assert [index for index, _ in visits[:50]] != [index for index, _ in visits[50:100]]
     with pytest.raises(DataError, match="multiple of 5"):
-        Batches(50, 24, 3, world=5)
+        Batches([50], 24, 3, world=5)
 
 
 WORDS = ["a dog runs to the left", "two cats play with a ball", "a man cooks rice"]
@@ -1048,15 +1051,17 @@ def test_whole_word_masking_chooses_the_pieces_of_a_word_together():
 
 
 def test_a_mismatched_text_never_meets_a_clip_of_the_same_caption():       # Sec. 3.3, VTM
-    captions, kept = ["a", "b", "a", "c"], []
+    captions, videos, kept = ["a", "b", "a", "c"], ["1", "2", "3", "2"], []
     torch.manual_seed(0)
     for _ in range(1000):
-        source, labels = vtm_pairs(captions)
+        source, labels = vtm_pairs(captions, videos)
         for i, (j, label) in enumerate(zip(source, labels)):
-            assert (i == j) if label else captions[i] != captions[j]
+            assert (i == j) if label else (
+                captions[i] != captions[j] and videos[i] != videos[j])     # "a different video"
         kept += labels
     assert abs(np.mean(kept) - 0.5) < 0.03
-    assert vtm_pairs(["same"] * 3) == ([0, 1, 2], [1, 1, 1])
+    assert vtm_pairs(["same"] * 3, "123") == ([0, 1, 2], [1, 1, 1])
+    assert vtm_pairs("abc", ["same"] * 3) == ([0, 1, 2], [1, 1, 1])
 
 
 def clips_of(folder, lines, task="pretrain", **options):
@@ -1070,9 +1075,9 @@ def clips_of(folder, lines, task="pretrain", **options):
 
 def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
     clips = clips_of(tmp_path, [{"video": "a.mp4", "text": text} for text in WORDS] * 4)
-    merge = partial(collate, tokenizer=clips.tokenizer, max_text_len=40, group=4)
+    merge = partial(collate, clips=clips, group=4)
     def batches(workers):
-        keys = Batches(len(clips), 8, seed=0, steps=2)
+        keys = Batches([len(clips)], 8, seed=0, steps=2)
         return list(torch.utils.data.DataLoader(
             clips, batch_sampler=keys, collate_fn=merge, num_workers=workers))
     for one, other in zip(batches(0), batches(2)):
@@ -1086,9 +1091,9 @@ def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
 
 def test_vtm_pairs_do_not_depend_on_the_number_of_processes(tmp_path):
     clips = clips_of(tmp_path, [{"video": "a.mp4", "text": text} for text in WORDS] * 8)
-    merge = partial(collate, tokenizer=clips.tokenizer, max_text_len=40, group=4)
+    merge = partial(collate, clips=clips, group=4)
     def pairs(world):
-        parts = [merge([clips[key] for key in next(iter(Batches(len(clips), 16, 0, rank, world)))])
+        parts = [merge([clips[key] for key in next(iter(Batches([len(clips)], 16, 0, rank, world)))])
                  for rank in range(world)]
         first = [16 // world * rank for rank in range(world)]
         return (torch.cat([part["vtm_source"] + at for part, at in zip(parts, first)]),
@@ -1100,7 +1105,7 @@ def test_vtm_pairs_do_not_depend_on_the_number_of_processes(tmp_path):
 
 def test_a_pretraining_batch_is_padded_to_stable_shapes(tmp_path):
     clips = clips_of(tmp_path, [{"video": "a.mp4", "text": text} for text in WORDS])
-    batch = collate([clips[i] for i in range(3)], clips.tokenizer, 40)
+    batch = collate([clips[i, i] for i in range(3)], clips)
     assert batch["video"].shape == (3, 3, 3, 32, 32) and batch["video"].dtype == torch.uint8
     assert batch["text_ids"].shape == batch["mlm_ids"].shape == (3, 8)
     assert batch["text_mask"].sum(1).tolist() == [len(clips.tokenizer.encode(t, 40)) for t in WORDS]
@@ -1115,7 +1120,7 @@ def test_each_task_gets_the_words_it_needs(tmp_path):
     choice = clips_of(tmp_path, [
         {"video": "a.mp4", "options": WORDS, "answer": 1, "question": "what now", "kind": "x"},
         {"video": "a.mp4", "options": WORDS[:2], "answer": WORDS[0]}], "choice", train=False)
-    batch = collate([choice[0], choice[1]], choice.tokenizer, 40)
+    batch = collate([choice[0, 0], choice[1, 1]], choice)
     assert batch["label"].tolist() == [1, 0] and batch["kind"] == ["x", None]
     assert batch["option_mask"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["text_ids"].shape == batch["text_mask"].shape
@@ -1127,22 +1132,20 @@ def test_each_task_gets_the_words_it_needs(tmp_path):
     asked = [{"video": "a.mp4", "question": "who", "answer": a} for a in ("dog", "yak")]
     qa = clips_of(tmp_path, asked,
                   "qa", train=False, answers=["cat", "dog"], views=3)
-    batch = collate([qa[0], qa[1]], qa.tokenizer, 40)
+    batch = collate([qa[0, 0], qa[1, 1]], qa)
     assert batch["label"].tolist() == [1, -1] and batch["video"].shape == (2, 3, 3, 3, 32, 32)
     assert not torch.equal(batch["video"][0, 0], batch["video"][0, 2])     # views differ in time
 
     lines = [{"video": "a.mp4", "texts": WORDS}, {"video": "a.mp4", "text": WORDS[0]}]
     retrieval = clips_of(tmp_path, lines, "retrieval", train=False)
-    batch = collate([retrieval[0], retrieval[1]], retrieval.tokenizer, 40)
+    batch = collate([retrieval[0, 0], retrieval[1, 1]], retrieval)
     assert batch["text_clip"].tolist() == [0, 0, 0, 1] and len(batch["text_ids"]) == 4
     retrieval.train = True
     assert len({tuple(retrieval[0, draw]["ids"][0]) for draw in range(30)}) == 3
     with pytest.raises(DataError, match='m.jsonl:1: "answer" is 3; expected an index into the 3'):
-        clips_of(tmp_path, [{"video": "a.mp4", "options": WORDS, "answer": 3}], "choice")[0]
-    with pytest.raises(DataError, match='m.jsonl:1: task choice needs "options"'):
-        clips_of(tmp_path, lines, "choice")[0]
-    with pytest.raises(DataError, match="unknown task 'chioce'"):
-        clips_of(tmp_path, lines, "chioce")
+        clips_of(tmp_path, [{"video": "a.mp4", "options": WORDS, "answer": 3}], "choice")[0, 0]
+    with pytest.raises(DataError, match='m.jsonl:1: lacks "options"; its keys are video, texts'):
+        clips_of(tmp_path, lines, "choice")[0, 0]
 
 
 def test_a_video_of_many_captions_gives_one_window_a_visit(tmp_path):      # HowTo100M
@@ -1152,26 +1155,26 @@ def test_a_video_of_many_captions_gives_one_window_a_visit(tmp_path):      # How
     texts = {clips[0, draw]["caption"] for draw in range(20)}
     assert texts == {"a dog", "a man"}
     sample = clips.manifest[0]
-    assert clips._captions(sample) and sample["end"] - max(sample["start"], 0) <= data.MIN_WINDOW
+    assert clips.captions(sample) and sample["end"] - max(sample["start"], 0) <= data.MIN_WINDOW
 
 
 def test_training_skips_and_reports_what_evaluation_never_replaces(tmp_path):
     lines = [{"video": f"{name}.mp4", "text": WORDS[0]} for name in ("gone", "cut", "a")]
     (tmp_path / "cut.mp4").write_bytes(b"nothing like a film")
     clips = clips_of(tmp_path, lines)
-    item = clips[0, 5]
-    assert len(item["errors"]) == 2 and item["index"] == 2
-    assert "m.jsonl:1" in item["errors"][0] and "gone.mp4: no such file" in item["errors"][0]
+    merged = partial(collate, clips=clips)
+    (batch,) = data.load(clips, [[(0, 5), (2, 6)]], merged, 0)
+    assert batch["index"].tolist() == [2, 2] and len(batch["errors"]) == 2
+    assert "m.jsonl:1" in batch["errors"][0] and "gone.mp4: no such file" in batch["errors"][0]
     clips.train = False
-    batch = collate([clips[i] for i in range(3)], clips.tokenizer, 40)
-    assert batch["index"].tolist() == [2] and batch["unreadable"] == [0, 1]
-    assert len(batch["errors"]) == 2
-    batch = collate([clips[0], clips[1]], clips.tokenizer, 40)
+    (batch,) = data.load(clips, [[(0, 0), (1, 1), (2, 2)]], merged, 0)
+    assert batch["index"].tolist() == [2] and len(batch["errors"]) == 2
+    (batch,) = data.load(clips, [[(0, 0), (1, 1)]], merged, 0)
     assert batch["index"].tolist() == [] and "video" not in batch
     (tmp_path / "a.mp4").unlink()                                # disappears during training
     clips.train = True
     with pytest.raises(DataError, match="in a row"):
-        clips[0, 0]
+        list(data.load(clips, [[(0, 0)]], merged, 0))
 
 
 def test_crops_are_alike_in_all_frames_and_left_is_never_flipped(tmp_path, monkeypatch):
@@ -1202,24 +1205,27 @@ def test_boxes_wear_the_colour_of_their_identity():                        # VCR
     again = data.draw_boxes(video, [[2, 5, 5, 30, 40]])
     assert torch.equal(drawn[0, :, 5, 50], again[0, :, 5, 15]) and drawn[0, :, 5, 50].any()
     assert not torch.equal(drawn[0, :, 5, 15], drawn[0, :, 5, 50])
-    assert not drawn[0, :, 20, 15].any() and data.draw_boxes(video, []) is video
+    inside, outside = drawn[0, :, 20, 15].float(), drawn[0, :, 55, 35]
+    assert torch.allclose(inside, 0.3 * drawn[0, :, 5, 15], atol=1) and not outside.any()
 
 
 def test_boxes_in_pixels_of_the_stored_image_land_in_the_scaled_one(tmp_path):
     film(tmp_path / "i.png", codec="png", n=1, pix_fmt="rgb24", size=(400, 300))
     sample = {"video": "i.png", "text": "a", "boxes": [[0, 150, 100, 250, 200]]}
-    clips = clips_of(tmp_path, [sample],
-                     train=False, image_size=100)
-    picture = clips[0]["video"][0].float()                                 # 0.4 of it, centre crop
-    red = (picture[0] - picture[1]) > 100                                  # identity 0 is red
+    clips = clips_of(tmp_path, [sample], train=False, image_size=100)
+    picture = clips[0, 0]["video"][0].float()                  # the whole of it, squashed
+    clips.boxes = False                                        # Tab. 5 without "Mask"
+    clips.squash = True
+    red = (picture - clips[0, 0]["video"][0]).abs().amax(0) > 30     # identity 0 is red
     rows, columns = red.nonzero().T
-    assert rows.min() in range(27, 33) and rows.max() in range(67, 73)     # (100 - 25) * 0.4 = 30
+    assert rows.min() in range(32, 35) and rows.max() in range(65, 69)     # 100 / 3, 200 / 3
+    assert columns.min() in range(36, 39) and columns.max() in range(61, 65)
 
 
 class Deadly(Clips):
     """Clips whose sample 2 kills the process that reads it and whose sample 5 never returns."""
 
-    def _video(self, sample):
+    def read_video(self, sample):
         if sample["where"].endswith(":3"):
             os._exit(11)
         if sample["where"].endswith(":6"):
@@ -1227,20 +1233,21 @@ class Deadly(Clips):
         return torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
 
 
-def test_a_worker_that_dies_or_hangs_costs_only_its_clip(tmp_path):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_reader_that_dies_or_hangs_costs_only_its_clip(workers, tmp_path):
     plain = clips_of(tmp_path, [{"video": "a.mp4", "text": WORDS[0]}] * 9)
     clips = Deadly(plain.manifest, plain.tokenizer, "pretrain", 3, 32, 40, train=True)
-    merge = partial(collate, tokenizer=clips.tokenizer, max_text_len=40)
-    keys = [[(i, i) for i in range(begin, begin + 3)] for begin in (0, 3, 6)]
-    batches = list(data.load(clips, keys, merge, workers=2, timeout=2))
-    assert sorted(clips.refused) == [2, 5]
+    keys = [[(i, i) for i in range(begin, begin + 3)] for begin in (0, 3, 6, 3)]
+    batches = list(data.load(clips, keys, partial(collate, clips=clips), workers, timeout=1))
     errors = [error for batch in batches for error in batch["errors"]]
-    assert len(errors) == 2
-    assert "took its reader down" in errors[0] and "longer than 2 s" in errors[1]
-    indices = [index for batch in batches for index in batch["index"].tolist()]
-    assert indices == [0, 1, 3, 3, 4, 6, 6, 7, 8]                          # the next line stands in
+    assert len(errors) == 3 and errors[1] == errors[2]                     # remembered, not tried
+    assert "m.jsonl:3: took its reader down (exit code 11)" in errors[0]
+    assert "m.jsonl:6: took longer than 1 s" in errors[1]
+    indices = [batch["index"].tolist() for batch in batches]
+    assert indices == [[0, 1, 3], [3, 4, 6], [6, 7, 8], [3, 4, 6]]         # the next line stands in
     clips.train = False
-    assert "took its reader down" in clips[2]["error"]                     # in evaluation none
+    (batch,) = data.load(clips, keys[:1], partial(collate, clips=clips), workers, timeout=1)
+    assert batch["index"].tolist() == [0, 1] and "took its reader down" in batch["errors"][0]
 
 
 def test_the_data_doctor_names_every_fault_and_writes_a_clean_manifest(tmp_path, capsys):
@@ -1259,16 +1266,9 @@ def test_the_data_doctor_names_every_fault_and_writes_a_clean_manifest(tmp_path,
                       "bad line": ["7"]}
     clean = Manifest(tmp_path / "m.clean.jsonl")
     assert [clean[i]["text"][:7] for i in range(len(clean))] == ["a dog", "a dog", "so many"]
-    assert "3 of 7 samples are usable" in capsys.readouterr().out
-
-
-def test_the_stopwatch_reads_the_same_frames_each_way(tmp_path, capsys):
-    data.bench([film(tmp_path / "a.mp4", **X264)], side=48, repeats=1)
     printed = capsys.readouterr().out
-    for reader in (r"decode \(exact, sparse\)", "every frame to RGB", "every frame to RGB, scaled"):
-        assert re.search(reader + r" +[\d.]+ clips per CPU-second, +[\d.]+ cores feed 400", printed)
-    shares = re.search(r"open and seek (\d+)%, scale (\d+)%, decode (\d+)%", printed).groups()
-    assert 98 <= sum(map(int, shares)) <= 102
+    assert "3 of 7 samples are usable" in printed
+    assert re.search(r"decode at \d+ per CPU-second: .* 400 clips/s needs [\d.]+ workers", printed)
 
 
 # ---- Every data set in its owners' form ----------------------------------------------------------
@@ -1276,15 +1276,15 @@ def test_the_stopwatch_reads_the_same_frames_each_way(tmp_path, capsys):
 @pytest.fixture
 def release(tmp_path):
     """release(name, {annotation file: content}, [clips on disk]) -> {file written: its content}."""
-    def run(name, annotations, clips, **options):
+    def run(name, annotations, clips):
         for file, content in {**annotations, **{f"../clips/{clip}": "" for clip in clips}}.items():
             path = tmp_path / "notes" / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+            content = json.dumps(content) if isinstance(content, (list, dict)) else content
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         (tmp_path / "clips").mkdir(exist_ok=True)
         notes = [tmp_path / "notes" / file for file in ("", *annotations)]   # twice, read once
-        convert(name, notes, tmp_path / "clips", tmp_path / "out", **options)
+        convert(name, notes, tmp_path / "clips", tmp_path / "out")
         written = {}
         for path in (tmp_path / "out").iterdir():
             written[path.stem] = [json.loads(line) for line in open(path, encoding="utf-8")]
@@ -1300,6 +1300,103 @@ def jsonl(*samples):
     return "".join(json.dumps(sample) + "\n" for sample in samples)
 
 
+def sentences(*videos):
+    return {"sentences": [{"sen_id": 0, "video_id": video, "caption": f"{video} {i}"}
+                          for video in videos for i in "ab"]}
+
+
+CRC32 = [f"{zlib.crc32(b'http://x/a')}", f"{zlib.crc32(b'http://x/b')}.jpg"]
+COCO = {"captions_train2014.json": {"images": [{"id": 9, "file_name": "a.jpg"}], "annotations": [
+    {"image_id": 9, "caption": text} for text in ("one", "two")]}}
+KARPATHY = {"images": [{"filename": name, "split": split, "sentences": [{"raw": f"{split}\n1"}]}
+                       for name, split in (("a.jpg", "test"), ("b.jpg", "restval"))]}
+HOWTO = {"start": [0.41, 3.9, 6.0], "end": [3.91, 5, 8.5], "text": ["pic", "", "bowl"]}
+HOWTO_CSV = "start,end,text\n0.41,3.91,pic\n3.9,5.0,\n6.0,8.5,bowl\n"
+KINETICS = "label,youtube_id,time_start,time_end"
+WHO = {"question": "who?", "answer": "a", "answer_type": "what"}
+GIFS = ["gifs/n_400.gif", "gifs/n_400.mp4"]                              # re-encoded: preferred
+GIF, FIVE = {"video": GIFS[1]}, {"options": list("abcde")}
+DOES = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tkey\nn_400\tq, 4 ?\ta\tb\tc\td\te\t2\t5\n"
+HOW_MANY = "gif_name\tquestion\tanswer\ttype\tkey\tdescription\nn_400\tq ?\ttwo\t1\t5\ttwo dogs\n"
+MSVD = {"AllVideoDescriptions.txt": "# remark\n\nab_1_2 a man, who sings\nab_1_2 a singer\n"
+        "c_0_9 a dog\n"}
+LONG = "BATTLE_LA_00.03.06.170-00.03.09.675"
+CUT = f'{LONG}\t0\t1\t0\t1\t"Hi, SOMEONE'
+MOMENTS = [{"annotation_id": 1, "description": text, "video": video, "times": [[0, 0], [1, 4]]}
+           for video, text in (("1@N_2.mov", "a cat"), ("4@N.avi", "dog"), ("1@N_2.mov", "it\nr "))]
+DANCE = {"v_QOl": {"duration": 82.73, "timestamps": [[0.8, 19.9], [17.4, 60.8]],
+                   "sentences": ["A woman dances.", " She turns."]}}
+ASKED = {"qid": 7, "q": "Why ?", **{f"a{i}": f"o{i}" for i in range(5)}, "answer_idx": 3,
+         "vid_name": "met_s01_seg02_clip_00", "show_name": "How I Met You Mother"}
+MET = "frames_hq/met_frames/met_s01_seg02_clip_00"
+WHY = {"video": MET, "question": "Why ?", "options": [f"o{i}" for i in range(5)], "answer": 3}
+PAN = """"['u-1', 300, ""#C C's pan""]","[['u-1', 1, 'cuts'], ['u-2', 2, ""#C C's pan""]]\""""
+
+
+@pytest.mark.parametrize("name, notes, clips, expected", [
+    ("cc3m", {"Train_GCC-training.tsv": 'a "big" dog\thttp://x/a\n',
+              "Validation_GCC-1.1.0-Validation.tsv": '"a cat\thttp://x/b\n'}, CRC32,
+     {"train": [{"video": CRC32[0], "text": 'a "big" dog', "image": True}],
+      "val": [{"video": CRC32[1], "text": '"a cat', "image": True}]}),
+    *[("howto100m", notes, ["food/-tCQ4tCQdWE.webm"], {"train": [
+        {"video": "food/-tCQ4tCQdWE.webm", "captions": [[0.41, 3.91, "pic"], [6.0, 8.5, "bowl"]]}]})
+      for notes in ({"caption.json": {"-tCQ4tCQdWE": HOWTO}}, {"-tCQ4tCQdWE.csv": HOWTO_CSV})],
+    ("coco", COCO, ["a.jpg"], {"train": [{"video": "a.jpg", "texts": ["one", "two"]}]}),
+    ("coco", {**COCO, "dataset_coco.json": KARPATHY}, ["a.jpg", "b.jpg"],
+     {"train": [{"video": "b.jpg", "texts": ["restval 1"]}],
+      "test": [{"video": "a.jpg", "texts": ["test 1"]}]}),
+    ("msrvtt_qa", {"msrvtt_qa_test.jsonl": jsonl({"video_id": "n_400", **WHO})}, GIFS,
+     {"test": [{**GIF, "question": "who?", "answer": "a", "kind": "who?"}]}),
+    ("msrvtt_mc", {"msrvtt_mc_test.jsonl": jsonl({"clip_name": "n_400", **FIVE, "answer": 1})},
+     GIFS,
+     {"test": [{**GIF, **FIVE, "answer": 1}]}),
+    ("tgif_frameqa", {"frameqa_test.jsonl": jsonl({"gif_name": "n_400", **WHO})}, GIFS,
+     {"test": [{**GIF, "question": "who?", "answer": "a", "kind": "what"}]}),
+    ("activitynet", {"val1.jsonl": jsonl({"clip_name": "n_400", "caption": "One. Two."})}, GIFS,
+     {"test": [{**GIF, "text": "One. Two."}]}),
+    ("activitynet", {"val_1.json": DANCE, "val_2.json": {}}, ["QOl/000.jpg"],            # Tab. 3b
+     {"test": [{"video": "QOl", "text": "A woman dances. She turns."}]}),
+    ("didemo", {"test_data.json": MOMENTS}, ["1@N_2.mov.mp4", "4@N.avi"],                # Tab. 3c
+     {"test": [{"video": "1@N_2.mov.mp4", "text": "a cat it r"},
+               {"video": "4@N.avi", "text": "dog"}]}),
+    ("msvd", {**MSVD, "youtube_mapping.txt": "ab_1_2 vid1\nc_0_9 vid1301\n",
+              "val_list.txt": "c_0_9\n"}, ["ab_1_2.avi", "c_0_9.avi"],
+     {"train": [{"video": "ab_1_2.avi", "texts": ["a man, who sings", "a singer"]}],
+      "val": [{"video": "c_0_9.avi", "texts": ["a dog"]}],
+      "test": [{"video": "c_0_9.avi", "texts": ["a dog"]}]}),
+    ("tgif_action", {"Train_action_question.csv": DOES, "Total_action_question.csv": DOES}, GIFS,
+     {"train": [{**GIF, "question": "q, 4 ?", **FIVE, "answer": 2}]}),                   # Tab. 2a
+    ("tgif_frameqa", {"Train_frameqa_question.csv": HOW_MANY}, GIFS, {"answers": [["two"]],
+     "train": [{**GIF, "question": "q ?", "answer": "two", "kind": "number"}]}),
+    ("tvqa", {"tvqa_val.jsonl": jsonl({**ASKED, "ts": "7.5-20"}, {**ASKED, "ts": "nan-nan"}),
+              "tvqa_test_public.jsonl": jsonl({**ASKED, "answer_idx": None})},
+     [f"{MET}/00001.jpg", "frames_hq/met_frames/met_s01_seg02_clip_01/00001.jpg"],       # App. A
+     {"test": [{**WHY, "start": 7.5, "end": 20, "fps": 3}, {**WHY, "fps": 3}]}),
+    ("lsmdc", {"LSMDC16_challenge_1000_publictect.csv": f"{CUT}\n"}, [f"BATTLE_LA/{LONG}.avi"],
+     {"test": [{"video": f"BATTLE_LA/{LONG}.avi", "text": '"Hi, SOMEONE'}]}),
+    ("lsmdc_mc", {f"LSMDC16_multiple_choice_{split}.csv": f"{CUT}\tb\tc\td\te{end}\n"
+                  for split, end in (("train", ""), ("valid", ""), ("test_randomized", "\t5"))},
+     [f"{LONG}.avi"],                                                                    # Tab. 4b
+     {split: [{"video": f"{LONG}.avi", "options": ['"Hi, SOMEONE', *"bcde"], "answer": answer}]
+      for split, answer in (("train", 0), ("val", 0), ("test", 4))}),
+    ("kinetics400", {"train.csv": f'{KINETICS},split\n"arm wrestling",-3B,59,69,train\n',
+                     "validate.csv": f"{KINETICS}\nyoga,-3B,59,69\n"}, ["-3B_000059_000069.mp4"],
+     {"train": [{"video": "-3B_000059_000069.mp4", "answer": "arm wrestling"}],          # Tab. 12
+      "test": [{"video": "-3B_000059_000069.mp4", "answer": "yoga"}],
+      "answers": [["arm wrestling"]]}),
+    ("hmdb51", {"brush_hair_test_split1.txt": "a#1.avi 1 \nb.avi 2 \nc.avi 0 \n",
+                "brush_hair_test_split2.txt": "b.avi 1 \n", "run_test_split1.txt": "b.avi 2\n"},
+     ["brush_hair/a#1.avi", "brush_hair/b.avi", "run/b.avi"],             # one name in two folders
+     {"train": [{"video": "brush_hair/a#1.avi", "answer": "brush hair"}],
+      "test": [{"video": "brush_hair/b.avi", "answer": "brush hair"},
+               {"video": "run/b.avi", "answer": "run"}], "answers": [["brush hair"]]}),
+    ("ego4d_mc", {"mc_val.csv": f"question,answers\n{PAN}\n"}, ["u-1.mp4"],              # Tab. 13
+     {"test": [{"video": "u-1.mp4", "start": 8, "end": 12, "options": ["cuts", "#C C's pan"],
+                "answer": 1}]})])
+def test_published_files_become_manifests(release, name, notes, clips, expected):
+    assert release(name, notes, clips) == expected
+
+
 def test_webvid_captions_keep_commas_quotes_and_embedded_newlines(release, capsys):
     out = release("webvid", {
         "results_2M_train.csv": "videoid,contentUrl,duration,page_dir,name\n"
@@ -1307,22 +1404,10 @@ def test_webvid_captions_keep_commas_quotes_and_embedded_newlines(release, capsy
         "8,https://x/8.mp4,PT10S,000001_000050,gone\n9,u,d,000001_000050,\n",
         "webvid_validation_success_full.tsv": 'caption\tpath\n"The ""sea"""\t000051_000100/5\n'},
         ["000001_000050/7.mp4", "000001_000050/9.mp4", "000051_000100/5.webm"])
-    assert out["train"] == [{"video": "000001_000050/7.mp4", "text": 'A "red" car, parked'}]
-    assert out["val"] == [{"video": "000051_000100/5.webm", "text": 'The "sea"'}]
-    printed = capsys.readouterr().out                # the missing clip and the lacking caption
-    assert "such as 000001_000050/8)" in printed and "1 without text" in printed
-
-
-WINDOWS = {"start": [0.41, 3.9, 6.0], "end": [3.91, 5.0, 8.5], "text": ["check pic", "", "bowl"]}
-
-
-@pytest.mark.parametrize("notes", [
-    {"-tCQ4tCQdWE.csv": "start,end,text\n0.41,3.91,check pic\n3.9,5.0,\n6.0,8.5,bowl\n"},
-    {"caption.json": {"-tCQ4tCQdWE": WINDOWS}}], ids=["csv", "json"])
-def test_howto100m_is_one_line_a_video_with_all_its_windows(release, notes):
-    assert release("howto100m", notes, ["food/-tCQ4tCQdWE.webm"])["train"] == [
-        {"video": "food/-tCQ4tCQdWE.webm",
-         "captions": [[0.41, 3.91, "check pic"], [6.0, 8.5, "bowl"]]}]
+    assert out == {"train": [{"video": "000001_000050/7.mp4", "text": 'A "red" car, parked'}],
+                   "val": [{"video": "000051_000100/5.webm", "text": 'The "sea"'}]}
+    assert re.search(r"left out 1 samples of 1 clips .*such as 000001_000050/8\) and 1 without",
+                     capsys.readouterr().out)
 
 
 def test_a_caption_file_larger_than_memory_is_read_in_pieces(tmp_path):
@@ -1330,54 +1415,27 @@ def test_a_caption_file_larger_than_memory_is_read_in_pieces(tmp_path):
     path = tmp_path / "caption.json"
     path.write_text(json.dumps(captions, indent=1))
     for chunk in 1, 7, 1 << 20:
-        assert dict(_entries(path, chunk)) == captions
+        assert dict(entries(path, chunk)) == captions
     path.write_text(json.dumps(captions)[:-9])
     with pytest.raises(DataError, match="caption.json.*download it again"):
-        list(_entries(path, 64))
+        list(entries(path, 64))
 
 
 def test_yt_temporal_speech_is_cut_into_windows_of_ten_to_fifteen_seconds(release):
     words = [{"word": f"w{i}", "time": 1.5 * i} for i in range(40)] + [
         {"word": "&gt;&gt;", "time": 3}, {"word": "late", "time": 90}]
-    clean = f"W0, W1. new {' '.join(f'w{i}' for i in range(3, 40))} late and so on"
+    clean = f"W0, W1. new {' '.join(f'w{i}' for i in range(3, 40))} late"
     video = {"info": {"id": "WAaKRUoY6Io", "duration": 97}, "subtitles": words,
              "denoised": [{"noisyasr": "", "cleanasr": clean}]}
     shard = {"yttemporal180m_train_000of100.jsonl.gz": gzip.compress(jsonl(video).encode())}
-    forms = {"WAaKRUoY6Io.grover.json": video}, shard                    # a file a video, or many
-    clips = ["s/data/WAaKRUoY6Io.mp4"]
-    one, other = (release("yttemporal", form, clips)["train"] for form in forms)
+    one, other = (release("yttemporal", form, ["s/data/WAaKRUoY6Io.mp4"])["train"]
+                  for form in ({"WAaKRUoY6Io.grover.json": video}, shard))   # one a file, or many
     windows = one[0]["captions"]
-    assert one == other and windows[0] == [0, 10.5, "W0, W1. new w3 w4 w5 w6"]
+    assert one == other and windows[0] == [0, 12.5, "W0, W1. new w3 w4 w5 w6 w7 w8"]
     assert all(10 <= end - start <= 15 for start, end, _ in windows[:-1])
-    assert windows[-2][:2] == [52.5, 67.5]                              # a long pause follows
-    assert windows[-1] == [90, 97, "late"]                              # "and so on" was not said
-    assert _speech_windows(words[:8], [], 97)[0][2] == "w0 w1 w2 w3 w4 w5 w6"
-    assert _speech_windows([], ["x"], 97) == []
-
-
-def test_conceptual_captions_are_plain_lines_and_their_images_are_named_by_url(release):
-    urls = "http://x/a.jpg", "http://x/b.jpg"
-    names = [str(zlib.crc32(url.encode())) for url in urls]
-    out = release("cc3m", {"Train_GCC-training.tsv": f'a "big" dog\t{urls[0]}\n',
-                           "Validation_GCC-1.1.0-Validation.tsv": f'"a cat\t{urls[1]}\n'},
-                  [names[0], f"{names[1]}.jpg"])
-    assert [out[split][0]["text"] for split in ("train", "val")] == ['a "big" dog', '"a cat']
-
-
-def test_coco_follows_karpathys_splits_or_without_them_the_official_files(release):
-    clips, notes = ["a.jpg", "b.jpg"], {"captions_train2014.json": {
-        "images": [{"id": 9, "file_name": "a.jpg"}],
-        "annotations": [{"image_id": 9, "caption": text} for text in ("one", "two")]}}
-    assert release("coco", notes, clips)["train"] == [{"video": "a.jpg", "texts": ["one", "two"]}]
-    images = [{"filename": name, "split": split, "sentences": [{"raw": f"{split}\n1"}]}
-              for name, split in (("a.jpg", "test"), ("b.jpg", "restval"))]
-    out = release("coco", {**notes, "dataset_coco.json": {"images": images}}, clips)
-    assert out["train"] == [{"video": "b.jpg", "texts": ["restval 1"]}] and len(out["test"]) == 1
-
-
-def sentences(*videos):
-    return {"sentences": [{"sen_id": 0, "video_id": video, "caption": f"{video} {i}"}
-                          for video in videos for i in "ab"]}
+    assert windows[-2:] == [[54, 66.5, "w36 w37 w38 w39"], [90, 97, "late"]]   # after a long pause
+    assert speech_windows(words[:8], [], 97)[0][2] == "w0 w1 w2 w3 w4 w5 w6 w7"
+    assert speech_windows([], ["x"], 97) == []
 
 
 MSRVTT = {"train_val_videodatainfo.json": sentences("video0", "video1", "video6513"),
@@ -1388,13 +1446,13 @@ MSRVTT_CLIPS = [f"TrainValVideo/video{i}.mp4" for i in (0, 1, 6513, 7010, 9770)]
 
 
 @pytest.mark.parametrize("name, notes, train, test", [                   # Tab. 3a
-    ("msrvtt_9k", {}, ["0", "1", "6513", "7010"], ["a man, talking"]),
-    ("msrvtt_7k", {}, ["0", "1", "6513"], ["a man, talking"]),
-    ("msrvtt_7k", {"train_list_miech.txt": "video1\n", "test_list_miech.txt": "video0\n"},
+    ("9k", {}, ["0", "1", "6513", "7010"], ["a man, talking"]),
+    ("7k", {}, ["0", "1", "6513"], ["a man, talking"]),
+    ("7k", {f"{split}_list_miech.txt": f"video{i}\n" for i, split in enumerate(["test", "train"])},
      ["1"], ["video0 a", "video0 b"]),
-    ("msrvtt_full", {}, ["0", "1"], ["video7010 a", "video7010 b"])])
+    ("full", {}, ["0", "1"], ["video7010 a", "video7010 b"])])
 def test_msrvtt_retrieval_has_three_protocols(release, name, notes, train, test):
-    out = release(name, {**MSRVTT, **notes}, MSRVTT_CLIPS)
+    out = release(f"msrvtt_{name}", {**MSRVTT, **notes}, MSRVTT_CLIPS)
     assert sorted(sample["video"][19:-4] for sample in out["train"]) == train
     assert out["test"][0]["texts"] == test
 
@@ -1402,8 +1460,7 @@ def test_msrvtt_retrieval_has_three_protocols(release, name, notes, train, test)
 def test_msrvtt_choices_train_on_captions_and_test_on_jsfusions_questions(release):  # Tab. 4a
     question = "\tkey\tvid_key\ta1\ta2\ta3\ta4\ta5\tanswer\n0\tmc0\tmsr7010\ta\tb\tc\td\te\t3\n"
     out = release("msrvtt_mc", {**MSRVTT, "MSR_MC_test.csv": question}, MSRVTT_CLIPS)
-    assert out["test"] == [
-        {"video": "TrainValVideo/video7010.mp4", "options": list("abcde"), "answer": 3}]
+    assert out["test"] == [{"video": MSRVTT_CLIPS[3], **FIVE, "answer": 3}]
     assert out["train"][0]["answer"] == 0 and out["train"][0]["options"][0] == "video0 a"
     assert set(out["train"][0]["options"][1:]) == {"video1 a", "video1 b"}   # of other videos
 
@@ -1412,78 +1469,14 @@ def test_msrvtt_choices_train_on_captions_and_test_on_jsfusions_questions(releas
     ("msrvtt_qa", "video6513.mp4", "", 1500),
     ("msvd_qa", "-4wsuPCjDBc_5_15.avi", "-4wsuPCjDBc_5_15 vid6513\n", 1000)])
 def test_open_questions_keep_the_commonest_training_answers(release, name, clip, mapping, kept):
-    def asked(*answers, video=6513):
-        return [{"answer": answer, "id": 1, "question": "What is it?", "video_id": video}
-                for answer in answers]
-    train = asked("zebra", "man", "dog", "man") + asked("rare", video=99)
-    out = release(name, {"train_qa.json": train, "test_qa.json": asked("unseen"),
+    asked = [{"answer": answer, "id": 1, "question": "What is it?", "video_id": video}
+             for answer, video in (("zebra", 6513), ("man", 6513), ("dog", 6513), ("man", 6513),
+                                   ("rare", 99), ("unseen", 6513))]
+    out = release(name, {"train_qa.json": asked[:-1], "test_qa.json": asked[-1:],
                          "youtube_mapping.txt": mapping}, [clip])
     assert out["answers"] == [["man", "zebra", "dog", "rare"]]           # ties: the first to appear
     assert len(out["train"]) == 4 and DATASETS[name][3] == kept          # one clip is gone
-    assert out["test"] == [
-        {"video": clip, "question": "What is it?", "answer": "unseen", "kind": "what"}]
-
-
-@pytest.mark.parametrize("name, file, line, expected", [
-    ("msrvtt_qa", "msrvtt_qa_test.jsonl", {"video_id": "video7", "question": "who?",
-     "answer": "a", "answer_type": "who"}, {"question": "who?", "answer": "a", "kind": "who?"}),
-    ("msrvtt_mc", "msrvtt_mc_test.jsonl", {"qid": 1, "clip_name": "video7", "options": ["a", "b"],
-     "answer": 1}, {"options": ["a", "b"], "answer": 1}),
-    ("tgif_frameqa", "frameqa_test.jsonl", {"gif_name": "video7", "question": "q", "answer": "a",
-     "answer_type": "color"}, {"question": "q", "answer": "a", "kind": "color"}),
-    ("activitynet", "val1.jsonl", {"clip_name": "video7", "caption": "One. Two."},
-     {"text": "One. Two."})])
-def test_clipberts_rearranged_files_are_read_too(release, name, file, line, expected):
-    assert release(name, {file: jsonl(line)}, ["video7.mkv"])["test"] == [
-        {"video": "video7.mkv", **expected}]
-
-
-def test_msvd_is_split_by_the_numbers_of_its_mapping(release):
-    out = release("msvd", {"AllVideoDescriptions.txt": "# remark\n\na_b_1_2 a man, who sings\n"
-                           "a_b_1_2 a singer\nc_0_9 a dog\n",
-                           "youtube_mapping.txt": "a_b_1_2 vid1\nc_0_9 vid1301\n"},
-                  ["a_b_1_2.avi", "c_0_9.avi"])
-    assert out["train"] == [{"video": "a_b_1_2.avi", "texts": ["a man, who sings", "a singer"]}]
-    assert out["test"] == [{"video": "c_0_9.avi", "texts": ["a dog"]}]
-
-
-def test_tgif_tables_are_tab_separated_whatever_their_extension(release):  # Tab. 2a
-    action = ("gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey\n"
-              "tumblr_n_400\tdo what, 4 times ?\ta\tb\tc\td\te\t2\tACTION1\t5\n")
-    frame = ("gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\n"
-             "tumblr_n_400\thow many dogs ?\ttwo\t1\tFRAMEQA3\t25889\ttwo dogs .\n")
-    clips = ["gifs/tumblr_n_400.gif", "gifs/tumblr_n_400.mp4"]           # re-encoded: preferred
-    out = release("tgif_action", {f"{split}_action_question.csv": action
-                                  for split in ("Train", "Total")}, clips)
-    assert out == {"train": [{"video": clips[1], "question": "do what, 4 times ?",
-                              "options": list("abcde"), "answer": 2}]}
-    assert release("tgif_frameqa", {"Train_frameqa_question.csv": frame}, clips)["train"] == [
-        {"video": clips[1], "question": "how many dogs ?", "answer": "two", "kind": "number"}]
-
-
-def test_lsmdc_counts_test_answers_from_one_and_trains_on_the_first_option(release):  # Tab. 4b
-    clip = "3009_BATTLE_LOS_ANGELES_00.03.06.170-00.03.09.675"
-    row, clips = f'{clip}\t0\t1\t0\t1\t"Hi, SOMEONE', [f"3009_BATTLE_LOS_ANGELES/{clip}.avi"]
-    out = release("lsmdc_mc", {f"LSMDC16_multiple_choice_{split}.csv": f"{row}\tb\tc\td\te{end}"
-                               for split, end in (("train", ""), ("test_randomized", "\t5\n"),
-                                                  ("valid", f"\n{row}\tb\tc\td\te\n"))}, clips)
-    assert [out[split][0]["answer"] for split in ("train", "val", "test")] == [0, 0, 4]
-    assert len(out["val"]) == 2 and out["val"][1]["options"] == ['"Hi, SOMEONE', "b", "c", "d", "e"]
-    out = release("lsmdc", {"LSMDC16_challenge_1000_publictect.csv": f"{row}\n"}, clips)
-    assert out["test"] == [{"video": clips[0], "text": '"Hi, SOMEONE'}]
-
-
-def test_descriptions_of_a_video_become_one_paragraph(release):  # Tab. 3b, 3c
-    moments = [{"annotation_id": 1, "description": text, "video": video, "times": [[0, 0], [1, 4]]}
-               for video, text in (("1@N00_2.mov", "a cat"), ("4@N01_5.avi", "a dog"),
-                                   ("1@N00_2.mov", "it\njumps "))]
-    out = release("didemo", {"test_data.json": moments}, ["1@N00_2.mov.mp4", "4@N01_5.avi"])
-    assert out["test"] == [{"video": "1@N00_2.mov.mp4", "text": "a cat it jumps"},
-                           {"video": "4@N01_5.avi", "text": "a dog"}]
-    out = release("activitynet", {"val_1.json": {"v_QOl": {
-        "duration": 82.73, "timestamps": [[0.8, 19.9], [17.4, 60.8]],
-        "sentences": ["A woman dances.", " She turns."]}}, "val_2.json": {}}, ["QOl/000.jpg"])
-    assert out["test"] == [{"video": "QOl", "text": "A woman dances. She turns."}]   # of frames
+    assert out["test"] == [{**out["train"][0], "video": clip, "answer": "unseen", "kind": "what"}]
 
 
 def test_vcr_words_boxes_and_both_tasks_agree_on_who_is_who(release):  # Tab. 5, Fig. 5
@@ -1495,43 +1488,22 @@ def test_vcr_words_boxes_and_both_tasks_agree_on_who_is_who(release):  # Tab. 5,
              {"boxes": [[9 * i, 1, 9 * i + 5, 6, 0.99] for i in range(4)]}}
     (answer,), (reason,) = (release(name, notes, [row["img_fn"]])["test"]
                             for name in ("vcr_qa", "vcr_qar"))   # the same lines, for Q→AR
-    assert answer["question"] == "Why is bottle 0 near person 1 ?"
-    assert answer["options"] == ["He is", "dog 2 ran", "bottle 0 ran", "no"]
-    assert reason["question"] == "Why is bottle 0 near person 1 ? dog 2 ran"
-    assert reason["options"][reason["answer"]] == "person 1 bottle 0 run"
-    assert answer["boxes"] == reason["boxes"] == [
-        [0, 18, 1, 23, 6], [1, 9, 1, 14, 6], [2, 27, 1, 32, 6]]
-    assert (answer["answer"], answer["kind"], reason["kind"]) == (1, "Q→A", "QA→R")
-
-
-def test_actions_are_named_as_their_classes(release):  # Tab. 12
-    clips = ["brush_hair/a#1.avi", "brush_hair/b.avi", "-3B32lodo2M_000059_000069.mp4", "run/b.avi"]
-    out = release("kinetics400", {"train.csv": "label,youtube_id,time_start,time_end,split,is_cc\n"
-                                  '"arm wrestling",-3B32lodo2M,59,69,train,0\n'}, clips)
-    assert out["train"] == [{"video": clips[2], "answer": "arm wrestling"}]
-    out = release("hmdb51", {"brush_hair_test_split1.txt": "a#1.avi 1 \nb.avi 2 \nc.avi 0 \n",
-                             "brush_hair_test_split2.txt": "b.avi 1 \n",
-                             "run_test_split1.txt": "b.avi 2\n"}, clips)
-    assert out["train"] == [{"video": clips[0], "answer": "brush hair"}]
-    assert out["test"] == [{"video": clips[1], "answer": "brush hair"},  # one name in two folders
-                           {"video": clips[3], "answer": "run"}]
-
-
-def test_ego4d_questions_are_python_lists_in_cells(release):  # Tab. 13
-    row = """"['u-1', 300, ""#C C's pan""]","[['u-1', 1, 'cuts'], ['u-2', 2, ""#C C's pan""]]\""""
-    out = release("ego4d_mc", {"mc_val.csv": f"question,answers\n{row}\n"}, ["u-1.mp4"])
-    assert out["test"] == [{"video": "u-1.mp4", "start": 8, "end": 12,
-                            "options": ["cuts", "#C C's pan"], "answer": 1}]
+    question = "Why is bottle 0 near person 1 ?"
+    boxes = [[0, 18, 1, 23, 6], [1, 9, 1, 14, 6], [2, 27, 1, 32, 6]]
+    assert answer == {"video": row["img_fn"], "question": question, "answer": 1, "kind": "Q→A",
+                      "options": ["He is", "dog 2 ran", "bottle 0 ran", "no"], "boxes": boxes}
+    assert reason == {**answer, "question": f"{question} dog 2 ran", "answer": 0, "kind": "QA→R",
+                      "options": ["person 1 bottle 0 run", *"abc"]}
 
 
 @pytest.mark.parametrize("name, notes, message", [
     ("imagenet", {}, "imagenet.*webvid, howto100m"),
-    ("didemo", {"readme.txt": ""}, "none of the 1 .*Tab. 3c"),
+    ("didemo", {"readme.txt": ""}, "no annotation file is named SPLIT_data.json.*Tab. 3c"),
     ("didemo", {"test_data.json": "[{"}, "test_data.json: damaged.*download"),
     ("didemo", {"test_data.json": [{"video": "a"}]}, "test_data.json: not as published.*descript"),
-    ("didemo", {"val_data.json": [{"video": "a.mp4", "description": ""}]}, "no clip such as a.mp"),
+    ("didemo", {"val_data.json": [{"video": "a.mp4", "description": ""}]}, "such as a.mp4"),
     ("vcr_qa", {"../out/train.jsonl": ""}, "lies in --out"),
-    ("webvid", {"results_2M_train.csv": "id,caption\n"}, "results_2M_train.csv.*expected.*videoid"),
+    ("webvid", {"results_2M_train.csv": "id,name\n1,x\n"}, "2M_train.csv.*columns id, name"),
     ("msrvtt_9k", {"MSRVTT_data.json": sentences()}, "need MSRVTT_JSFUSION_test.csv")])
 def test_what_is_wrong_is_said_in_one_line(release, name, notes, message):
     with pytest.raises(DataError, match=message) as error:
@@ -1548,8 +1520,8 @@ def clips(tmp_path_factory) -> Path:
     draw = random.Random(0)
     with open(folder / "train.jsonl", "w") as train, open(folder / "choice.jsonl", "w") as choice:
         for i in range(24):
-            toy_clip = data._toy_clip(draw)
-            data.write_clip(folder / f"{i}.mp4", data.toy_frames(toy_clip), 4, {"crf": "18"})
+            toy_clip = data.ToyClip.drawn(draw)
+            data.write_clip(folder / f"{i}.mp4", toy_clip.frames(), 4, {"crf": "18"})
             texts = [toy_clip.caption(), toy_clip.caption(order=1 - toy_clip.order)]
             print(json.dumps({"video": f"{i}.mp4", "text": texts[0]}), file=train)
             print(json.dumps({"video": f"{i}.mp4", "options": texts, "answer": 0, "kind": "order"}),
@@ -1739,7 +1711,7 @@ def unkilled(clips, tmp_path_factory):
 def same_bits(one, other):
     """Two run folders hold the same weights, optimiser state and losses of every step."""
     (saved, losses), (expected, expected_losses) = finished(one), finished(other)
-    assert losses == expected_losses and len(losses) == expected["step"]
+    assert losses == expected_losses and len(losses) == expected["state"]["step"]
     for key in ("model", "optimizer", "scaler", "state"):
         assert equal(saved[key], expected[key]), key
 
@@ -1772,7 +1744,7 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(processes, torchru
         process.kill(draw.choice(process.pids()))
         kills, in_write = kills + 1, in_write + (out / "checkpoint.partial").exists()
         if (out / "checkpoint.pt").exists():            # never unreadable
-            step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+            step = torch.load(out / "checkpoint.pt", weights_only=True)["state"]["step"]
     code, printed = pretrain(clips, out, *LONG_RUN, processes=processes, torchrun=torchrun).wait()
     assert code == 0 and "resuming" in printed, printed
     same_bits(out, unkilled(processes))
@@ -1802,8 +1774,8 @@ def test_sigterm_saves_and_exits_cleanly(clips, tmp_path):
         while process.poll() is None and not (log.exists() and '"step": 2,' in log.read_text()):
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(60) == 0 and "stopped by SIGTERM" in Path(output.name).read_text()
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 2
+        assert process.wait(60) == 0 and "stopped after step" in Path(output.name).read_text()
+    assert finished(tmp_path / "run")[0]["state"]["step"] >= 2
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(clips, whole_run, tmp_path):
@@ -1812,10 +1784,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(clips, whole_run, tmp_path)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limit[1]))
     try:
-        with pytest.raises(OSError, match="checkpoint.pt: cannot save .*the one before it is"):
-            train.save(tmp_path / "run" / "checkpoint.pt", finished(whole_run)[0])
+        code, _, err = pretrain_here(clips, tmp_path / "run", "--steps", 14)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert code == 1 and re.search("checkpoint.pt: cannot save .*; .*checkpoint.pt is whole", err)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == old
     assert not (tmp_path / "run" / "checkpoint.partial").exists()
 
@@ -1848,27 +1820,55 @@ def test_any_number_of_processes_and_passes_gives_the_same_losses_and_weights(
         other = second["model"][name]
         if name.endswith("qkv.bias"):    # softmax ignores the keys' bias: Adam scales noise
             tensor, other = (torch.cat([x[:32], x[64:]]) for x in (tensor, other))
-        assert torch.allclose(tensor, other, atol=1e-6), (name, (tensor - other).abs().max())
+        assert torch.allclose(tensor, other, atol=5e-6), (name, (tensor - other).abs().max())
 
 
-def training_batch(config, batch=4, m=8):
-    """What the loop gives to Objectives: the one that `eval.py --task profile --train` measures."""
+def training_batch(config, B=4, m=8):
+    """A pass as data.collate makes it: random pixels and text, two words masked a clip."""
     torch.manual_seed(m)
-    return eval.training_batch(replace(config, max_text_len=m), batch, torch.device("cpu"))
+    size = config.image_size
+    ids = torch.randint(5, config.vocab_size, (B, m))
+    where = (torch.rand(B, m).topk(2).indices + m * torch.arange(B)[:, None]).flatten()
+    return {"video": torch.randint(256, (B, config.frames, 3, size, size), dtype=torch.uint8),
+            "text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool), "mlm_ids": ids,
+            "mlm_where": where, "mlm_labels": ids.flatten()[where],
+            "vtm_source": torch.arange(B).roll(1), "vtm_labels": torch.zeros(B, dtype=torch.int64)}
+
+
+def mean(pair):
+    return pair[0] / pair[1]
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone, as train.py and eval.py make one."""
+    with eval.joined_processes():
+        yield
+
+
+def test_a_pass_gives_the_losses_of_two_plain_joint_passes():
+    model, batch = build(), training_batch(TINY)
+    parts = train.Objectives(model, ("vtm", "mlm"))(batch)
+    words = model.mlm_head(model(batch["video"], batch["mlm_ids"]).text).flatten(0, 1)
+    plain = torch.nn.functional.cross_entropy(words[batch["mlm_where"]], batch["mlm_labels"])
+    assert torch.allclose(mean(parts["mlm"]), plain, rtol=1e-5)
+    pooled = model(batch["video"][batch["vtm_source"]], batch["text_ids"]).pooled
+    plain = vtm_loss(model.vtm_head(pooled), batch["vtm_labels"])
+    assert torch.allclose(mean(parts["vtm"]), plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0, 0.3])
-def test_vtc_of_many_passes_has_the_gradient_of_one(dropout):
+def test_vtc_of_many_passes_has_the_gradient_of_one(dropout, alone):
     model = build(dropout=dropout, drop_path=dropout, depth=2).train()
     objectives = train.Objectives(model, ("vtc",))
-    batch, words = training_batch(model.config), torch.tensor(1.0)
+    batch = training_batch(model.config)
     halves = [{name: batch[name][part] for name in ("video", "text_ids", "text_mask")}
               for part in (slice(0, 2), slice(2, 4))]
     found = train.contrast(objectives, halves, seeds=[5, 6])
     values = []
     for half, one, seed in zip(halves, found, (5, 6)):
         torch.manual_seed(seed)
-        values.append(objectives({**half, "contrast": one}, words)[0]["vtc"])
+        values.append(mean(objectives({**half, "contrast": one})["vtc"]))
     (sum(values) / 2).backward()
     many = [p.grad.clone() for p in objectives.parameters() if p.grad is not None]
     objectives.zero_grad()
@@ -1888,11 +1888,11 @@ def test_compiling_breaks_no_graph_and_stops_at_the_second_text_length():
     objectives, graphs = train.Objectives(model, ("vtm", "mlm")), []
     if FULL:                                              # the compiler itself, minutes
         model.eval()
-        batch, words = training_batch(model.config), torch.tensor(1.0)
-        plain = objectives(batch, words)[0]
-        model.transform = train.compiled(model.transform, torch.device("cpu"))
-        fast = objectives(batch, words)[0]
-        assert all(torch.allclose(plain[name], fast[name], rtol=1e-5) for name in plain)
+        batch = training_batch(model.config)
+        plain = objectives(batch)
+        model.transform = torch.compile(model.transform, fullgraph=True)
+        fast = objectives(batch)
+        assert all(torch.allclose(plain[name][0], fast[name][0], rtol=1e-5) for name in plain)
         del model.transform
         model.train()
     torch._dynamo.reset()
@@ -1900,9 +1900,7 @@ def test_compiling_breaks_no_graph_and_stops_at_the_second_text_length():
         graphs.append(graph), graph.forward)[1])          # counts what is given to be compiled
     seen = []
     for m in (16, 24, 8):
-        batch = training_batch(model.config, m=m)
-        assert len(seen) or train.count_flops(objectives, batch, torch.tensor(1.0)) > 1e6
-        sum(objectives(batch, torch.tensor(1.0))[0].values()).backward()
+        mean(objectives(training_batch(model.config, m=m))["vtm"]).backward()
         seen.append(len(graphs))
     assert seen == [1, 2, 2]                              # then text of any length
 
@@ -1911,7 +1909,7 @@ def test_compile_without_a_compiler_is_refused_in_one_line(clips, tmp_path):
     code, printed = pretrain(clips, tmp_path / "run", "--compile", environment={
         "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}).wait()
     assert code == 1 and "Traceback" not in printed, printed
-    assert "train.py: --compile: torch cannot compile here" in printed.splitlines()[-1], printed
+    assert "cannot compile without a C++ compiler" in printed.splitlines()[-1], printed
 
 
 def test_frozen_parts_keep_their_weights_and_others_learn(clips, tmp_path):
@@ -1931,29 +1929,22 @@ def test_frozen_parts_keep_their_weights_and_others_learn(clips, tmp_path):
 def test_any_batch_is_cut_into_the_fewest_equal_passes():
     def cut(batch, most, world=1):
         return train.split_batch(train.TrainConfig(batch=batch, batch_per_gpu=most), world)
-    assert cut(64, 16) == (64, 16, 4) and cut(24, 16) == (24, 12, 2) and cut(7, 4) == (7, 1, 7)
+    assert cut(64, 16) == (64, 16, 4) and cut(24, 16) == (24, 8, 3) and cut(9, 4) == (9, 3, 3)
+    with pytest.raises(DataError, match="34 on 2 processes makes passes of 1 clip"):
+        cut(34, 16, world=2)                               # VTM would see matched pairs only
     assert cut(64, 16, world=4) == (64, 16, 1) and cut(0, 16, world=4) == (64, 16, 1)
     with pytest.raises(DataError, match="10 does not divide among 4 processes"):
         cut(10, 16, world=4)
 
 
-def test_profiling_the_training_step_compares_it_with_the_plain_one(capsys):
-    eval.profile_training(TINY, torch.device("cpu"), 2, 0, False)
-    ours, plain, ratio = re.findall(r"[\d.]+", capsys.readouterr().out.splitlines()[-1])
-    assert float(ours) / float(plain) == pytest.approx(float(ratio), rel=0.02)
-    model, batch = build(), training_batch(TINY)         # the same numbers, at a different price
-    losses = train.Objectives(model, ("vtm", "mlm"))(batch, torch.tensor(len(batch["mlm_labels"])))
-    plain = eval.plain_losses(model, batch)
-    assert all(torch.allclose(plain[name], losses[0][name], rtol=1e-5) for name in plain)
-
-
 def test_a_run_folder_of_another_run_is_refused_and_can_be_set_aside(clips, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
-    code, _, err = pretrain_here(clips, tmp_path / "run", "--lr", "5e-4")
-    assert code == 1 and "lr was 0.001, now 0.0005" in err and "Traceback" not in err
-    code, _, err = pretrain_here(clips, tmp_path / "run", "--lr", "5e-4", "--no-resume",
-                                 "--steps", 2)
-    assert code == 0 and (tmp_path / "run" / "checkpoint.pt.previous").exists(), err
+    code, _, err = pretrain_here(clips, tmp_path / "run", "--seed", 5, "--warmup", "0.2")
+    assert code == 1 and "warmup was 0.1, now 0.2; seed was 0, now 5" in err, err
+    code, out, err = pretrain_here(clips, tmp_path / "run", "--lr", "5e-4", "--steps", 14)
+    assert code == 0 and "lr was 0.001; from step 13 on it is 0.0005" in out, err
+    code, _, err = pretrain_here(clips, tmp_path / "run", "--seed", 5, "--no-resume", "--steps", 2)
+    assert code == 0 and (tmp_path / "run" / "checkpoint.pt.aside").exists(), err
 
 
 def test_a_non_finite_loss_stops_before_the_step_and_names_the_samples(clips, tmp_path):
@@ -1961,7 +1952,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_samples(clips, tm
     assert code == 1 and re.search(r"step \d+: .*(mlm|vtm|grad_norm).* not finite", err), err
     assert "train.jsonl:" in err
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == int(re.search(r"step (\d+):", err)[1])
+    assert saved["state"]["step"] == int(re.search(r"step (\d+):", err)[1])
 
 
 def test_vtm_labels_say_whose_video_a_text_meets(clips):
@@ -1972,7 +1963,7 @@ def test_vtm_labels_say_whose_video_a_text_meets(clips):
     for first in range(0, 480, 8):
         items = [samples[i % 24, i] for i in range(first, first + 8)] if first < 48 else [
             {**items[j], "draw": first + j} for j in range(8)]
-        batch = data.collate(items, tokenizer, 40, group=8)
+        batch = data.collate(items, samples, group=8)
         for i, (j, label) in enumerate(zip(batch["vtm_source"], batch["vtm_labels"])):
             own = items[i]["caption"] == items[j]["caption"]
             assert own == bool(label)
@@ -2024,13 +2015,13 @@ def test_the_choice_head_starts_as_the_pretrained_vtm_head(clips, whole_run, tmp
 def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tmp_path):
     draw, events = random.Random(7), set()
     while events != {"light", "motion"}:
-        toy_clip = data._toy_clip(draw)
+        toy_clip = data.ToyClip.drawn(draw)
         twin = toy_clip.twin()
         events.add(toy_clip.event)
         assert toy_clip.caption() != twin.caption()                          # the other answer
         both = []
         for name, one in (("a", toy_clip), ("b", twin)):
-            data.write_clip(tmp_path / f"{name}.mp4", data.toy_frames(one), 4, data.TOY_X264)
+            data.write_clip(tmp_path / f"{name}.mp4", one.frames(), 4, data.TOY_X264)
             both.append(decode(tmp_path / f"{name}.mp4", lambda n: list(range(n))))
         assert torch.equal(both[0], both[1].flip(0))   # from the files
 
@@ -2179,6 +2170,13 @@ def strong(whole_run, tmp_path_factory) -> Path:
     return path
 
 
+def loaded(path):
+    """(model, tokenizer) of a checkpoint."""
+    content = torch.load(path, weights_only=True)
+    model, tokenizer, _ = eval.checkpoint_model(content, path, say=lambda _: None)
+    return model.eval(), tokenizer
+
+
 def test_candidates_are_scored_by_the_matched_logit_of_each_alone():  # Sec. 4.2.1, 4.2.3
     model, video = build(), clip(B=2)
     lengths, ids = [[4, 8, 6], [5, 3]], torch.randint(5, 50, (2, 3, 8))
@@ -2203,12 +2201,12 @@ def test_three_views_of_a_clip_are_averaged(clips, strong, tmp_path):  # 3 x 3 o
     manifest, saved = clips / "choice.jsonl", tmp_path / "p.jsonl"
     evaluate_here("choice", manifest, strong, "--clips", "3", "--predictions", saved)
     predictions = [json.loads(line) for line in saved.read_text().splitlines()]
-    model, tokenizer, _ = eval.load_model(strong, say=lambda _: None)
+    model, tokenizer = loaded(strong)
     samples = data.Clips(data.Manifest(manifest), tokenizer, "choice", 3, 32, 40, train=False,
                          views=3)
     differ = 0
     for i in range(24):
-        batch = data.collate([samples[i]], tokenizer, 40)
+        batch = data.collate([samples[i, i]], samples)
         with torch.no_grad():
             views = torch.cat([eval.score_options(model.eval(), batch | {"video": view})
                                for view in batch["video"].unbind(1)])
@@ -2221,9 +2219,9 @@ def test_retrieval_encodes_each_side_alone_and_padding_changes_nothing(clips, st
     manifest, saved = clips / "retrieval.jsonl", tmp_path / "p.jsonl"
     evaluate_here("retrieval", manifest, strong, "--predictions", saved)
     best = [json.loads(line)["best"] for line in saved.read_text().splitlines()]
-    model, tokenizer, _ = eval.load_model(strong, say=lambda _: None)
+    model, tokenizer = loaded(strong)
     samples = data.Clips(data.Manifest(manifest), tokenizer, "retrieval", 3, 32, 40, train=False)
-    items = [samples[i] for i in range(7)]
+    items = [samples[i, i] for i in range(7)]
     with torch.no_grad():
         video = torch.cat([model.eval().video_proj(model.encode_video(item["video"][None])[:, 0])
                            for item in items])
@@ -2243,10 +2241,10 @@ def test_reranking_all_is_the_order_of_vtms_matched_logit(clips, strong, tmp_pat
     best = [json.loads(line)["best"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     numbers = [re.search(r":(\d+)(?:#(\d+))?", name).groups() for name in best]
     best = [int(line) - 1 if k is None else 2 * int(line) - 2 + int(k) for line, k in numbers]
-    model, tokenizer, _ = eval.load_model(strong, say=lambda _: None)
+    model, tokenizer = loaded(strong)
     manifest = data.Manifest(clips / "retrieval.jsonl")
     samples = data.Clips(manifest, tokenizer, "retrieval", 3, 32, 40, train=False)
-    batch = data.collate([samples[i] for i in range(7)], tokenizer, 40)
+    batch = data.collate([samples[i, i] for i in range(7)], samples)
     video, ids, mask = batch["video"], batch["text_ids"], batch["text_mask"]
     with torch.no_grad():
         matched = torch.stack([model.eval().vtm_head(model(
@@ -2313,7 +2311,7 @@ def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run,
     scores = [json.loads(line)["result"]["all"] for line in
               (tmp_path / "run" / "log.jsonl").read_text().splitlines() if '"result"' in line]
     assert len(scores) == 3 and chosen["state"]["best"] == max(scores)
-    assert chosen["step"] == 1 + scores.index(max(scores))          # the first of the best
+    assert chosen["state"]["step"] == 1 + scores.index(max(scores))          # the first of the best
     out = evaluate_here("qa", clips / "qa.jsonl", tmp_path / "run" / "best.pt", "--clips", "3")
     assert "3 frames x 3 views" in out and "in vocabulary %" in out and "majority %" in out
     saved = tmp_path / "run" / f"qa-{clips.name}-qa-clips3.predictions.jsonl"
@@ -2382,10 +2380,9 @@ def test_vcrs_q_to_ar_needs_both_answers_right(clips, whole_run, tmp_path):  # S
 
 def test_the_papers_numbers_stand_in_the_readme_too():
     readme = (HERE / "README.md").read_text()
-    for name, (table_name, numbers) in eval.PAPER.items():
-        row = next(line for line in readme.splitlines() if f"convert {name} " in line)
-        assert re.split(r"[, ]", numbers.get("B", ""))[0] in row, name
-        assert table_name.split()[1].strip(",") in row, name
+    for name, numbers in eval.PAPER.items():
+        row = next(line for line in readme.splitlines() if re.search(rf"\b{name}\b", line))
+        assert re.search(r"\bB (\d+\.\d+)", numbers)[1] in row, name
 
 
 def test_a_killed_fine_tuning_ends_with_the_same_bits_and_the_same_best(clips, whole_run, tmp_path):
