@@ -388,6 +388,13 @@ def open_video(path):
     raise Unreadable(f"{path}: has no video stream")
 
 
+def duration(path):
+    """Seconds that a clip lasts, by its header; 0 where it says nothing, as of images."""
+    container, stream = open_video(path)
+    with container:
+        return float((container.duration or 0) / av.time_base)
+
+
 class Scaler:
     """Frames to upright uint8 RGB (3, h, w), all of the size that the first one gets."""
 

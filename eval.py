@@ -21,21 +21,26 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 import typing
 import zlib
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from allinone import VARIANTS, AllInOne, Config, Temporal, load_release, load_weights, read_weights
-from data import Clips, DataError, Manifest, Tokenizer, collate, load
+from allinone import (VARIANTS, AllInOne, Config, Temporal, load_release, load_weights,
+                      read_weights, token_rolling, word_patch_transport)
+from data import (CLIPS, IMAGES, Clips, DataError, Manifest, Tokenizer, collate, duration, load)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
@@ -138,13 +143,11 @@ def checkpoint_model(content: dict, path, vocab: str = "bert-base-uncased", say=
     return model, tokenizer, answers
 
 
-# ---- Scores of one batch: higher is likelier -----------------------------------------------------
+# ---- Scores of one pass --------------------------------------------------------------------------
+# batch: as data.collate makes it, on the model's device. Higher scores are likelier.
 
 def score_options(model: AllInOne, batch: dict) -> Tensor:
-    """Matched logit of the VTM head for each candidate (Sec. 4.2.1, 4.2.3): (B, O), -inf if absent.
-
-    batch: video (B, S, 3, H, W), text_ids and text_mask (B, O, m), option_mask (B, O).
-    """
+    """Matched logit of the VTM head for each candidate (Sec. 4.2.1, 4.2.3): (B, O); -inf: none."""
     B, O = batch["option_mask"].shape
     video = model.embed_video(batch["video"]).repeat_interleave(O, 0)     # (B*O, S, 1+n, D)
     text = model.embed_text(batch["text_ids"].flatten(0, 1))              # (B*O, m, D)
@@ -155,20 +158,29 @@ def score_options(model: AllInOne, batch: dict) -> Tensor:
 
 
 def score_answers(model: AllInOne, batch: dict) -> Tensor:
-    """Logit of each answer (Sec. 4.2.1): (B, answers), from VTM's pooled cls token.
-
-    batch: video (B, S, 3, H, W), text_ids and text_mask (B, m), the question.
-    """
+    """Logit of each answer (Sec. 4.2.1): (B, answers), from VTM's pooled cls token."""
     return model.answer_head(model(batch["video"], batch["text_ids"], batch["text_mask"]).pooled)
 
 
 def score_classes(model: AllInOne, batch: dict) -> Tensor:
-    """Logit of each action (Tab. 12): (B, answers), linear on the cls token of the video alone.
+    """Logit of each action (Tab. 12): (B, answers), linear on the cls token of the video alone, or
+    on batch["feature"] (B, D), computed before."""
+    return model.answer_head(batch["feature"] if "feature" in batch else video_cls(model, batch))
 
-    batch: feature (B, D), computed before, or video (B, S, 3, H, W).
-    """
-    feature = batch["feature"] if "feature" in batch else model.encode_video(batch["video"])[:, 0]
-    return model.answer_head(feature)
+
+def video_cls(model: AllInOne, batch: dict) -> Tensor:
+    """(B, D): the cls token of the video alone."""
+    return model.encode_video(batch["video"])[:, 0]
+
+
+def video_embedding(model: AllInOne, batch: dict) -> Tensor:
+    """(B, vtc_dim): the video alone, projected and normalised (Sec. 3.3, VTC)."""
+    return F.normalize(model.video_proj(video_cls(model, batch)), dim=-1)
+
+
+def text_embedding(model: AllInOne, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, vtc_dim): the text alone, projected and normalised (Sec. 3.3, VTC)."""
+    return F.normalize(model.text_proj(model.encode_text(ids, mask)[:, 0]), dim=-1)
 
 
 SCORES = {"choice": score_options, "qa": score_answers, "probe": score_classes}
@@ -177,26 +189,21 @@ SCORES = {"choice": score_options, "qa": score_answers, "probe": score_classes}
 def score_pretraining(model: AllInOne, batch: dict, objectives: tuple = ("mlm", "vtm")):
     """VTM and MLM (Sec. 3.3): two joint passes as one of twice the rows.
 
-    batch as data.collate makes it. Returns (logits of the masked words (M, |V|), logits of matching
-    (B, 2), features of VTM's pass), None for what is no objective.
+    Returns (logits of the masked words (M, |V|), logits of matching (B, 2), text and video features
+    of VTM's pass); what is no objective is None.
     """
-    B, videos, texts = len(batch["text_ids"]), [], []
-    video = model.embed_video(batch["video"])                             # (B, S, 1+n, D)
-    if "mlm" in objectives:
-        videos.append(video)
-        texts.append(batch["mlm_ids"])
-    if "vtm" in objectives:
-        videos.append(video[batch["vtm_source"]])
-        texts.append(batch["text_ids"])
-    mask = batch["text_mask"].repeat(len(texts), 1)
-    text, video, pooled, frames = model.fuse(torch.cat(videos), model.embed_text(torch.cat(texts)),
-                                             mask)
+    B, video = len(batch["text_ids"]), model.embed_video(batch["video"])  # (B, S, 1+n, D)
+    passes = [(video, batch["mlm_ids"])] if "mlm" in objectives else []
+    passes += [(video[batch["vtm_source"]], batch["text_ids"])] if "vtm" in objectives else []
+    videos, texts = (torch.cat(side) for side in zip(*passes))
+    mask = batch["text_mask"].repeat(len(passes), 1)
+    features = model.fuse(videos, model.embed_text(texts), mask)
     words = matched = None
     if "mlm" in objectives:
-        words = model.mlm_head(text[:B].flatten(0, 1)[batch["mlm_where"]])
+        words = model.mlm_head(features.text[:B].flatten(0, 1)[batch["mlm_where"]])
     if "vtm" in objectives:
-        matched = model.vtm_head(pooled[-B:])
-    return words, matched, (text[-B:], video[-B:])
+        matched = model.vtm_head(features.pooled[-B:])
+    return words, matched, (features.text[-B:], features.video[-B:])
 
 
 def count_right(logits: Tensor, labels: Tensor) -> Tensor:
@@ -207,14 +214,21 @@ def count_right(logits: Tensor, labels: Tensor) -> Tensor:
 
 # ---- Scoring a manifest --------------------------------------------------------------------------
 
+Task = Literal["choice", "retrieval", "qa", "probe", "pretrain", "profile", "scale",
+               "fill", "match", "ask", "explain", "attention", "search"]
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """What to score, and how."""
 
-    task: Literal["choice", "retrieval", "qa", "probe", "pretrain",
-                  "profile"] = "choice"  # Sec. 3.3, 4.2; profile: what the model costs
+    task: Task = "choice"            # Sec. 4.2; profile, scale: what it costs; others: on --video
     data: tuple[str, ...] = ()       # manifests
-    checkpoint: str = ""             # train.py's checkpoint.pt or best.pt, or the authors' .ckpt
+    checkpoint: str = "runs/pretrain/checkpoint.pt"  # train.py's, or the authors' .ckpt
+    video: tuple[str, ...] = ()      # clips, folders of them or manifests to use the model on
+    text: tuple[str, ...] = ("",)    # what is asked of them; [MASK] is a word to fill in
+    out: str = ""                    # folder for pictures of the results
+    json: str = ""                   # file for the results, an object a line
     batch: int = 8                   # clips in one pass
     workers: int = 2                 # reading processes on each GPU
     clips: int = 1                   # views of S frames each, averaged; 3: the 3 x 3 of Tab. 2 to 4
@@ -228,6 +242,11 @@ class EvalConfig:
     squash: bool = False             # frames resized to the square, not cropped: as in training
     columns: tuple[str, ...] = ()    # of a .csv or .tsv: video=NAME text=NAME
     vocab: str = "bert-base-uncased"  # for the authors' .ckpt, which carries no tokenizer
+    blind: bool = False              # fill: from the text alone, to see what the video adds
+    block: int = 0                   # explain: by this block's attention; 0: word-patch transport
+    index: str = ""                  # search: file that keeps the clips' features
+    window: float = 0.0              # search: cut what is longer into windows of so many seconds
+    top: int = 5                     # search: results for each text
     predictions: str = ""            # per-sample file; none: beside the checkpoint
     seconds: float = 3.0             # profile: time for each measurement
 
@@ -380,28 +399,28 @@ def add_majority(predictions: list[dict]) -> None:
     """Adds to open-ended QA what the commonest answer of each kind would score."""
     for kind in {p["kind"] for p in predictions}:
         same = [p for p in predictions if p["kind"] == kind]
-        labels = [p["label"] for p in same if p["label"] >= 0]
-        mode = max(labels, key=labels.count) if labels else None
+        commonest = Counter(p["label"] for p in same if p["label"] >= 0).most_common(1)
         for p in same:
-            p["metrics"]["majority %"] = 100.0 * (p["label"] == mode)
+            p["metrics"]["majority %"] = 100.0 * (p["label"] in dict(commonest))
 
 
 def all_right_together(predictions: list[dict], manifest: Manifest) -> list[dict]:
     """VCR's Q->AR: line n of every manifest right, as predictions of kind "together"."""
-    if len(set(manifest.sizes)) > 1:
-        raise ValueError("--together: the manifests differ in length; line n of each must be about "
-                         "the same question, as `data.py convert vcr_qa` and vcr_qar write them")
-    groups = {}
+    lines, groups, together = manifest.sizes[0], defaultdict(list), []
     for p in predictions:
-        groups.setdefault(p["index"] % manifest.sizes[0], []).append(p)
-    whole = [group for group in groups.values() if len(group) == len(manifest.paths)]
-    for group in whole:
-        if len({manifest[p["index"]]["video"] for p in group}) > 1:
-            raise ValueError(f"--together: {' and '.join(p['where'] for p in group)} are about "
-                             "different videos; convert both manifests from the same files")
-    return [{"index": group[0]["index"], "where": group[0]["where"], "kind": "together",
-             "metrics": {name: 100 * math.prod(p["metrics"][name] / 100 for p in group)
-                         for name in group[0]["metrics"]}} for group in whole]
+        groups[p["index"] % lines].append(p)
+    for group in groups.values():
+        videos = {manifest[p["index"]]["video"] for p in group}
+        if {lines} != set(manifest.sizes) or len(videos) > 1:
+            raise ValueError(
+                "--together: the manifests differ in length, or "
+                f"{' and '.join(p['where'] for p in group)} are about different videos; convert "
+                "both (data.py convert vcr_qa, vcr_qar) from the same files")
+        if len(group) == len(manifest.sizes):
+            together.append({**group[0], "kind": "together", "metrics": {
+                name: 100 * math.prod(p["metrics"][name] / 100 for p in group)
+                for name in group[0]["metrics"]}})
+    return together
 
 
 # ---- Features that are kept: probes (Tab. 12), search ------------------------------------------
@@ -465,11 +484,6 @@ def kept_features(model: AllInOne, clips: Clips, encode, path: Path, config, dev
     return {i: kept[name] for i, name in enumerate(names) if name in kept}, unreadable
 
 
-def video_cls(model: AllInOne, view: dict) -> Tensor:
-    """(B, D): the cls token of the video alone, which a probe reads (Tab. 12)."""
-    return model.encode_video(view["video"])[:, 0]
-
-
 def cls_features(model: AllInOne, clips: Clips, path: Path, config, device, say):
     """(what a probe trains on, what could not be read): a list of {feature, label, where, set}.
 
@@ -522,11 +536,8 @@ def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: t
     rows = []                                            # of (index, where, video, texts, ids)
     for items, views in read(model, clips, config, device, unreadable):
         with half_precision(device):
-            video = [model.video_proj(model.encode_video(view["video"])[:, 0]) for view in views]
-            text = model.text_proj(model.encode_text(views[0]["text_ids"],
-                                                     views[0]["text_mask"])[:, 0])
-        video = sum(F.normalize(view, dim=-1) for view in video) / len(views)           # (B, E)
-        text = F.normalize(text, dim=-1)                                                # (T, E)
+            video = sum(video_embedding(model, view) for view in views) / len(views)    # (B, E)
+            text = text_embedding(model, views[0]["text_ids"], views[0]["text_mask"])   # (T, E)
         check_scores(video, items["where"])
         ids = [tuple(row[mask].tolist()) for row, mask in zip(items["text_ids"],
                                                               items["text_mask"])]
@@ -648,6 +659,298 @@ def rerank(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.devi
         there = numbers_found[at] == number
         pairs[kind], numbers[kind] = pairs[kind][there], logits[at[there]]
     return Joint(pairs, numbers, float(logits.min()))
+
+
+# ---- On any video: fill, match, ask, explain, attention, search (Sec. 4.6, Fig. 4, 6, 11) --------
+
+def fill(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
+    """The five likeliest words of each [MASK], by the video and the text or --blind, the text."""
+    ids, mask = clip["text_ids"], clip["text_mask"]
+    text = (model.encode_text(ids, mask) if config.blind
+            else model(clip["video"], ids, mask).text)
+    chances = model.mlm_head(text[ids == clips.tokenizer.mask_id]).float().softmax(-1)
+    return {"masks": [[[clips.tokenizer.words.id_to_token(i), round(p, 4)] for p, i in zip(
+        *(x.tolist() for x in row.topk(5)))] for row in chances]}
+
+
+def match(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
+    """Each --text, its probability among them (Sec. 4.2.3) and that of matching, alone."""
+    B = len(config.text)
+    pooled = model(clip["video"].expand(B, -1, -1, -1, -1), clip["text_ids"],
+                   clip["text_mask"]).pooled
+    logits = model.vtm_head(pooled)                                                    # (B, 2)
+    among, alone = logits[:, 1].softmax(0), logits.softmax(1)[:, 1]
+    return {"captions": [[text, round(p, 4), round(q, 4)] for text, p, q in zip(
+        config.text, among.tolist(), alone.tolist())]}
+
+
+def ask(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
+    """The five likeliest answers of an open-ended QA checkpoint (Sec. 4.2.1)."""
+    best = score_answers(model, clip)[0].softmax(0).topk(min(5, len(clips.answers)))
+    return {"answers": [[clips.answers[a], round(p, 4)] for p, a in zip(
+        *(x.tolist() for x in best))]}
+
+
+def origins(model: AllInOne, S: int, blocks: int) -> Tensor:
+    """(S, n): the frame whose patch stands in each slot of each frame, after rolling so often."""
+    c, first = model.config, 1 if model.config.roll == "release" else model.specials
+    frames = torch.arange(S)[:, None, None].expand(-1, first + c.patches, 1)
+    for d in range(c.roll_start, blocks + 1):
+        if c.temporal == "token_rolling" and S > 1:
+            frames = token_rolling(frames, S, c.roll_ratio, first=first, roll=c.roll,
+                                   select=c.roll_select, layer=d)
+    return frames[:, first:, 0]
+
+
+def block_attention(model: AllInOne, clip: dict) -> list[Tensor]:
+    """What each token spends on each, by block: L tensors (S, m+1+n, m+1+n)."""
+    kept = []
+    hooks = [block.attn.register_forward_hook(
+        lambda attn, args, out: kept.append(attn.weights(*args))) for block in model.blocks]
+    model(clip["video"], clip["text_ids"], clip["text_mask"])
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def explain(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
+    """Where each word looks (Sec. 4.6, Fig. 6): maps (words, S, rows, columns) that sum to 1.
+
+    By the word-patch transport on the last block's tokens or, with --block, by that block's
+    attention. Patches are put back to the frame that they were rolled from; [MASK]s are filled.
+    """
+    clip = dict(clip)
+    while (masks := clip["text_ids"] == clips.tokenizer.mask_id).any():
+        features = model(clip["video"], clip["text_ids"], clip["text_mask"])
+        chances, words = model.mlm_head(features.text).float().softmax(-1).max(-1)     # (1, m)
+        words = words.masked_fill(words == clips.tokenizer.mask_id, clips.tokenizer.unk_id)
+        at = chances.masked_fill(~masks, -1).argmax(1)                        # the surest first
+        clip["text_ids"] = clip["text_ids"].index_copy(1, at, words[:, at])
+    ids, S, c = clip["text_ids"], clip["video"].shape[1], model.config
+    m, first = ids.shape[1], model.specials
+    if config.block:
+        maps = block_attention(model, clip)[config.block - 1][:, :m, m + first:].transpose(0, 1)
+    else:
+        features = model(clip["video"], ids, clip["text_mask"])
+        patches = features.frames[:, :, first:].flatten(1, 2)                          # (1, S*n, D)
+        _, plan = word_patch_transport(features.text, patches, clip["text_mask"])
+        maps = plan[0].unflatten(1, (S, -1))                                           # (m, S, n)
+    source = origins(model, S, config.block or c.depth).to(maps.device)
+    maps = torch.zeros_like(maps).scatter_add_(1, source.expand(m, -1, -1), maps)
+    words = [clips.tokenizer.words.id_to_token(i) for i in ids[0].tolist()]
+    inside = slice(1, int(clip["text_mask"].sum()) - 1)                       # no [CLS], no [SEP]
+    maps = maps[inside] / maps[inside].sum((1, 2), keepdim=True)
+    side = c.image_size // c.patch_size
+    return {"words": words[inside], "maps": maps.unflatten(2, (side, side)).tolist()}
+
+
+def attention(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
+    """What a text token spends, by block (Fig. 4): shares on text, video cls, its own frame's
+    patches and rolled ones, which sum to 1; and "per_patch", a rolled patch's share by another's.
+    """
+    S, m, blocks = clip["video"].shape[1], int(clip["text_mask"].sum()), []
+    width = clip["text_ids"].shape[1]
+    for d, weights in enumerate(block_attention(model, clip), start=1):
+        spent = weights[:, :m].mean(1)                                                 # (S, T)
+        rolled = origins(model, S, d).to(spent.device) != torch.arange(
+            S, device=spent.device)[:, None]                                           # (S, n)
+        patches = spent[:, width + model.specials:]
+        shares = [spent[:, :width].sum(1), spent[:, width:width + model.specials].sum(1),
+                  (patches * ~rolled).sum(1), (patches * rolled).sum(1)]
+        text, cls, own, other = (float(share.mean()) for share in shares)
+        ratio = other / own * float((~rolled).sum() / rolled.sum()) if rolled.any() else 0.0
+        blocks.append({"block": d, "text": text, "cls": cls, "own": own, "rolled": other,
+                       "per_patch": ratio})
+    return {"blocks": blocks}
+
+
+USES = {"fill": fill, "match": match, "ask": ask, "explain": explain, "attention": attention}
+
+
+def video_manifest(config: EvalConfig, **fields) -> str:
+    """A manifest of --video: files, folders (walked) and manifests, `fields` added to each line.
+
+    What is longer than --window seconds is cut into such windows.
+    """
+    lines = []
+    for path in map(Path, config.video):
+        if path.suffix in (".jsonl", ".csv", ".tsv"):
+            manifest = Manifest(path)
+            samples = [manifest[i] for i in range(len(manifest))]
+        else:
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            samples = [{"video": str(file.absolute())} for file in files
+                       if file == path or file.suffix.lower() in IMAGES.union(CLIPS)]
+        for sample in samples:
+            length = duration(sample["video"]) if config.window else 0.0
+            starts = [k * config.window for k in range(int(length // (config.window or 1)) + 1)]
+            for start in starts if length > config.window else [None]:
+                times = {} if start is None else {"start": start, "end": start + config.window}
+                lines.append({key: sample[key] for key in ("video", "start", "end", "fps")
+                              if key in sample} | times | fields)
+    if not lines:
+        raise DataError(f"--video {' '.join(config.video)}: no clip there; expected files, folders "
+                        "or manifests")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path = Path(tempfile.gettempdir(), f"allinone-{zlib.crc32(text.encode()):08x}.jsonl")
+    path.write_text(text)
+    return str(path)
+
+
+def place_of(sample: dict) -> str:
+    """A clip as a person names it: its path, and its window."""
+    return sample["video"] + ("" if sample.get("start") is None else
+                              f" {sample['start']:g}-{sample['end']:g} s")
+
+
+@torch.no_grad()
+def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, device,
+        say) -> list[dict]:
+    """--task fill, match, ask, explain or attention on every clip of --video, one by one.
+
+    Prints and returns the results; --json FILE writes them as lines, --out DIR a picture of each.
+    """
+    model, results, unreadable = model.to(device).eval(), [], []
+    fields = {"question": config.text[0]} if config.task == "ask" else {"texts": list(config.text)}
+    reading = replace(config, task="qa" if config.task == "ask" else "retrieval", batch=1, clips=1,
+                      data=(video_manifest(config, **fields),))
+    clips = reading.clips_of(model, tokenizer, answers)
+    for items, (clip,) in read(model, clips, reading, device, unreadable):
+        found = USES[config.task](model, clips, clip, config)
+        results.append({"video": place_of(clips.manifest[int(items["index"][0])]), **found})
+        if config.task == "explain":
+            rows = [(word, heated(items["video"][0], torch.tensor(heat)))
+                    for word, heat in zip(found["words"], found["maps"])]
+            shown = {"video": results[-1]["video"], "words": found["words"]}
+        else:
+            shown, rows = results[-1], [(json.dumps(found)[:80], list(items["video"][0]))]
+        if config.task != "attention":
+            say(json.dumps(shown, ensure_ascii=False))
+            if config.out:
+                save_picture(Path(config.out) / f"{config.task}-{len(results)}.png", rows)
+    if config.task == "attention" and results:
+        blocks = [r["blocks"] for r in results]
+        for d, rows in enumerate(zip(*blocks), start=1):
+            say(f"block {d}: " + ", ".join(f"{name} {sum(r[name] for r in rows) / len(rows):.3f}"
+                                           for name in rows[0] if name != "block"))
+    for line in unreadable:
+        say(f"left out: {line}")
+    return results
+
+
+@torch.no_grad()
+def search(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, device,
+           say) -> list[dict]:
+    """--task search: the clips of --video that are likest to each --text, by cosine (Sec. 3.3 VTC),
+    the best --rerank of them by VTM. --index FILE keeps the clips' features."""
+    model, results = model.to(device).eval(), []
+    reading = replace(config, task="probe", clips=1, data=(video_manifest(config),))
+    clips = reading.clips_of(model, tokenizer, [])
+    path = Path(config.index or Path(tempfile.mkdtemp()) / "index.pt")
+    features, unreadable = kept_features(model, clips, video_embedding, path, reading, device, say)
+    gallery = torch.stack(list(features.values())).to(device)                          # (G, E)
+    numbers = list(features)
+    for text in config.text:
+        ids = torch.tensor([tokenizer.encode(text, model.config.max_text_len)], device=device)
+        (scores,), (best,) = nearest(text_embedding(model, ids), gallery,
+                                     max(config.rerank, config.top))
+        found = [{"text": text, "video": place_of(clips.manifest[numbers[g]]),
+                  "cosine": round(s, 4), "number": numbers[g]}
+                 for s, g in zip(scores.tolist(), best.tolist())]
+        for one in found:
+            keys = [[(one["number"], one["number"])]]
+            (items,) = load(clips, keys, functools.partial(collate, clips=clips), 0) if (
+                config.rerank or config.out) else ({},)
+            if config.rerank:
+                pooled = model(items["video"].to(device), ids).pooled
+                one["matched"] = round(float(model.vtm_head(pooled).softmax(1)[0, 1]), 4)
+            one["frames"] = list(items["video"][0]) if "video" in items else []
+        found.sort(key=lambda one: -one.get("matched", one["cosine"]))
+        if config.out:
+            save_picture(Path(config.out) / f"search-{len(results) + 1}.png", [
+                (f"{one['cosine']:.2f} {one['video']}", one["frames"]) for one in found])
+        for one in found[:config.top]:
+            del one["frames"], one["number"]
+            say(json.dumps(one, ensure_ascii=False))
+            results.append(one)
+    for line in unreadable:
+        say(f"left out: {line}")
+    return results
+
+
+def nearest(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(cosines, numbers), (Q, k), of the likest rows of gallery (G, E), read block by block."""
+    best = queries.new_full((len(queries), 0), 0.0), torch.zeros(len(queries), 0, dtype=torch.int64)
+    for begin in range(0, len(gallery), 16 * BLOCK):
+        part = gallery[begin:begin + 16 * BLOCK].to(queries.device, torch.float32)
+        scores, numbers = (queries @ part.T).topk(min(k, len(part)))
+        scores, numbers = torch.cat([best[0], scores], 1), torch.cat([best[1], numbers + begin], 1)
+        kept = scores.topk(min(k, scores.shape[1]))
+        best = kept.values, numbers.gather(1, kept.indices)
+    return best
+
+
+def scale(config: EvalConfig, device: torch.device) -> None:
+    """`--task scale`: Tab. 14 on made-up features of 512 numbers, in float16 on disk."""
+    block = torch.empty(2 ** 27)
+    begin = time.perf_counter()
+    block.sum()
+    bandwidth = block.nbytes / (time.perf_counter() - begin)
+    speed = measure_throughput(Config(), device, 1, config.seconds)
+    print("clips      index MB  ms a query  of it reading  queries/s in 64  joint passes instead")
+    for size in (10_000, 100_000, 1_000_000):
+        with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+            shape = (size, Config.vtc_dim)
+            gallery = np.lib.format.open_memmap(file.name, "w+", np.float16, shape)
+            for part in np.array_split(gallery, 10):
+                part[:] = np.random.default_rng(0).standard_normal(part.shape, np.float32)
+            queries, spent = torch.randn(64, shape[1]), []
+            for batch in (queries[:1], queries[:1], queries):              # the first warms up
+                begin = time.perf_counter()
+                nearest(batch, torch.from_numpy(gallery), 10)
+                spent.append(time.perf_counter() - begin)
+            print(f"{size:<9}  {gallery.nbytes / 1e6:8.0f}  {1000 * spent[1]:10.1f}  "
+                  f"{gallery.nbytes / bandwidth / spent[1]:13.0%}  {64 / spent[2]:15.0f}  "
+                  f"{size / speed / 3600:17.1f} h")
+
+
+# ---- Pictures -----------------------------------------------------------------------------------
+
+def heated(video: Tensor, heat: Tensor) -> list[Tensor]:
+    """Frames (S, 3, H, W) under maps (S, rows, columns) in yellow, the peak opaque."""
+    heat = F.interpolate(heat[:, None], size=video.shape[2:])                         # (S,1,H,W)
+    heat = heat / heat.max().clamp(min=1e-9)
+    yellow = torch.tensor([255.0, 255, 0]).view(3, 1, 1)
+    return list((video * (1 - heat) * 0.7 + yellow * heat).byte())
+
+
+def save_picture(path: Path, rows: list[tuple[str, list[Tensor]]], side: int = 112) -> None:
+    """A PNG of rows, each a line of text above its frames (3, H, W), `side` pixels square."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wide = max([len(frames) for _, frames in rows] + [4])
+    sheet = Image.new("RGB", (wide * side, len(rows) * (side + 16)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (text, frames) in enumerate(rows):
+        draw.text((2, i * (side + 16) + 2), text, "black")
+        for k, frame in enumerate(frames):
+            image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((side, side))
+            sheet.paste(image, (k * side, i * (side + 16) + 16))
+    sheet.save(path)
+
+
+def save_curves(path: Path, lines: list[dict], size: tuple[int, int] = (640, 360)) -> None:
+    """A PNG of a log's losses and accuracies against steps, each scaled to its own greatest."""
+    sheet = Image.new("RGB", size, "white")
+    draw, colours = ImageDraw.Draw(sheet), ("red", "blue", "green", "orange", "purple", "black")
+    names = [name for name in lines[-1]
+             if f"{name.removesuffix('_accuracy')}_accuracy" in lines[-1]]
+    for k, name in enumerate(names):
+        values = [(line["step"], line[name]) for line in lines if name in line]
+        most, last = max(v for _, v in values) or 1.0, max(step for step, _ in values)
+        draw.line([(size[0] * step / last, size[1] - (size[1] - 20) * v / most)
+                   for step, v in values], fill=colours[k % 6])
+        draw.text((8 + 105 * k, 4), f"{name} {values[-1][1]:.3g}", colours[k % 6])
+    sheet.save(path)
 
 
 # ---- The report, beside the paper ---------------------------------------------------------------
@@ -855,34 +1158,50 @@ def main(argv: list[str] | None = None) -> None:
     if config.task == "profile":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return profile(sizes, device, config.batch, config.seconds)
+    if config.task == "scale":
+        return scale(config, torch.device("cpu"))
     changes = [name for name in ("shuffle_frames", "reverse", "repeat_first")
                if getattr(config, name)]
+    using = config.task in (*USES, "search")
     for wrong, message in (
-            (not config.data or not config.checkpoint,
-             f"--task {config.task} needs --data MANIFEST and --checkpoint FILE"),
+            (not config.data and not using, f"--task {config.task} needs --data MANIFEST"),
+            (not config.video and using, f"--task {config.task} needs --video FILE or FOLDER"),
+            (using and config.task != "attention" and not any(config.text),
+             f"--task {config.task} needs --text WORDS"),
             (min(config.batch, config.clips) < 1, "--batch and --clips must be 1 or more"),
             (len(changes) > 1, f"--{' and --'.join(changes)}: one at a time"),
-            (config.rerank and config.task != "retrieval", "--rerank is for --task retrieval")):
+            (config.rerank and config.task not in ("retrieval", "search"),
+             "--rerank is for --task retrieval and search")):
         if wrong:
             parser.error(message)
     with joined_processes() as device:
         say = print if dist.get_rank() == 0 else lambda *_, **__: None
+        if not Path(config.checkpoint).exists():
+            raise ValueError(f"{config.checkpoint}: no such file; give --checkpoint, or make the "
+                             "proof run's in three minutes: python train.py --task pretrain")
         content = read_weights(config.checkpoint)
         model, tokenizer, answers = checkpoint_model(content, config.checkpoint, config.vocab, say,
                                                      **sizes)
         trained = content.get("config", {})
         config = replace(config, squash=config.squash or trained.get("squash", False))
-        if config.task in ("qa", "probe") and trained.get("task") != config.task:
+        needed = {"qa": "qa", "ask": "qa", "probe": "probe"}.get(config.task, trained.get("task"))
+        if trained.get("task") != needed:
             raise ValueError(
                 f"{config.checkpoint} was trained for {trained.get('task', 'another task')}: "
-                f"fine-tune it with train.py --task {config.task} --init {config.checkpoint}")
+                f"fine-tune it with train.py --task {needed} --init {config.checkpoint}")
         # of the authors' files those that were fine-tuned for retrieval have projections
         vtc = "vtc" in trained.get("objectives", ()) or any(
             "txt_proj" in name for name in content.get("state_dict", ()))
-        if config.task == "retrieval" and not vtc and not config.rerank:
+        if config.task in ("retrieval", "search") and not vtc and not config.rerank:
             raise ValueError(f"{config.checkpoint} was not trained with VTC, its cosines mean "
                              "nothing: fine-tune it (train.py --task retrieval), or give --rerank "
                              "the number of candidates to score by VTM")
+        if using:
+            found = (search if config.task == "search" else use)(model, tokenizer, config, answers,
+                                                                 device, say)
+            if config.json:
+                Path(config.json).write_text("".join(json.dumps(one) + "\n" for one in found))
+            return
         result = evaluate(model, tokenizer, config, device, answers)
         report(result, config, model.config, say)
         if dist.get_rank() == 0:
