@@ -389,10 +389,12 @@ def open_video(path):
 
 
 def duration(path):
-    """Seconds that a clip lasts, by its header; 0 where it says nothing, as of images."""
-    container, stream = open_video(path)
-    with container:
-        return float((container.duration or 0) / av.time_base)
+    """Seconds that a clip lasts, by its header; 0 where it says nothing or cannot be read."""
+    try:
+        with open_video(path)[0] as container:
+            return (container.duration or 0) / av.time_base
+    except (av.FFmpegError, Unreadable):
+        return 0.0
 
 
 class Scaler:
