@@ -28,16 +28,15 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import random
 import re
-import shutil
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -68,20 +67,17 @@ FIELDS = {"video": str, "text": str, "texts": list, "captions": list, "question"
 ALSO_CALLED = {  # what other people's files call a field
     "video": ("path", "file", "filename", "video_path", "clip"),
     "text": ("caption", "title", "description", "sentence", "txt")}
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-CLIPS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".flv", ".gif")
+IMAGES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"
+MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".flv", ".gif", *IMAGES)
 HEADER = 4                     # int64 before the first line's offset: version, size, mtime_ns, crc
 
 
 class Manifest:
     """One or several manifests as a sequence of dicts, read through an index of their lines.
-
     paths: a path or a list of them (concatenated). columns: ("video=clip_name", "text=en"), for
     tables whose columns have other names. `m[i]` is line i as a dict, with "video" made absolute
-    and "where" = "file:line" added. The index, NAME.jsonl.idx, is four int64 of header and one a
-    line (where it begins), built once: beside the manifest or, where that folder is read-only, in
-    the temporary folder. A sample is two small reads, and nothing stays open or in memory: workers
-    share nothing, and 136 M lines are 1.1 GB of index on disk.
+    and "where" = "file:line" added. A sample is two small reads, and nothing stays open or in
+    memory: workers share nothing, and 136 M lines are 1.1 GB of index on disk (see line_index).
     DataError names file:line of a line that is blank, not JSON, or whose fields are not as FIELDS.
     """
 
@@ -134,19 +130,21 @@ class Manifest:
             raise DataError(f"{where}: not JSON ({error}): {shown!r}; expected an object such as "
                             '{"video": "a.mp4", "text": "a dog runs"}') from None
         where = sample.get("where", where) if isinstance(sample, dict) else where
-        need(sample, where, "video")
+        video = path.absolute().parent / need(sample, where, "video")
         for field in sample.keys() & FIELDS.keys():
             if not isinstance(sample[field], (FIELDS[field], type(None))):
                 raise DataError(f'{where}: "{field}" is {sample[field]!r:.60}; the first lines '
                                 "of data.py tell the fields of a sample")
-        return {**sample, "video": str(path.absolute().parent / sample["video"]), "where": where}
+        return {**sample, "video": str(video), "where": where}
 
 
 def need(sample, where, field):
     """The field of a sample; DataError that names the key which was probably meant for it."""
-    if isinstance(sample, dict) and sample.get(field):
+    if not isinstance(sample, dict):
+        raise DataError(f"{where}: is {sample!r:.60}; expected a JSON object")
+    if sample.get(field):
         return sample[field]
-    keys = [key for key in sample if key not in FIELDS] if isinstance(sample, dict) else []
+    keys = [key for key in sample if key not in FIELDS]
     meant = [key for key in keys if key.lower() in ALSO_CALLED.get(field, ())]
     meant += difflib.get_close_matches(field, keys)
     hint = f'; rename "{meant[0]}" to "{field}"' if meant else ""
@@ -155,22 +153,39 @@ def need(sample, where, field):
 
 def is_image(sample):
     """Whether a sample is an image, one frame, rather than a clip."""
-    return sample.get("image", Path(sample["video"]).suffix.lower() in IMAGES)
+    return sample.get("image", sample["video"].lower().endswith(IMAGES))
+
+
+@contextmanager
+def replacing(path):
+    """A file beside `path`, open to be written: it takes that name once whole, else it goes."""
+    beside = Path(f"{path}.{os.urandom(4).hex()}")  # processes of one job may all write it at once
+    try:
+        with open(beside, "wb") as file:
+            yield file
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def temporary(key, suffix):
+    """A path in the temporary folder, the same for the same string."""
+    name = hashlib.sha1(key.encode()).hexdigest()
+    return Path(tempfile.gettempdir(), f"allinone-{name}{suffix}")
 
 
 def line_index(path):
-    """Path of the up-to-date line index of manifest `path`, built if need be."""
+    """Path of the up-to-date index of manifest `path`: HEADER, then where each line begins.
+    Built once: NAME.jsonl.idx or, where that folder is read-only, in the temporary folder."""
     if not path.is_file():
         raise DataError(f"{path}: no such manifest; expected a .jsonl, .csv or .tsv file, one "
                         "sample a line, or a folder of clips")
-    stat = path.stat()
+    stat, crc = path.stat(), 0
     header = [2, stat.st_size, stat.st_mtime_ns]
-    name = hashlib.sha1(str(path.resolve()).encode()).hexdigest()
-    places = Path(f"{path}.idx"), Path(tempfile.gettempdir(), f"allinone-{name}.idx")
+    places = Path(f"{path}.idx"), temporary(str(path.resolve()), ".idx")
     for place in places:
         if place.is_file() and np.fromfile(place, np.int64, 3).tolist() == header:
             return place
-    crc = 0
     with open(path, "rb") as source:
         lengths = np.fromiter(map(len, source), np.int64)
         begins = np.cumsum(lengths) - lengths
@@ -179,65 +194,64 @@ def line_index(path):
         source.seek(0)
         while chunk := source.read(1 << 24):
             crc = zlib.crc32(chunk, crc)
-    place = places[0] if os.access(path.absolute().parent, os.W_OK) else places[1]
-    beside = f"{place}.{os.urandom(4).hex()}"       # processes of one job may all build it at once
-    np.array([*header, crc, *begins], np.int64).tofile(beside)
-    os.replace(beside, place)
+    place = places[0 if os.access(path.absolute().parent, os.W_OK) else 1]
+    with replacing(place) as file:
+        np.array([*header, crc, *begins], np.int64).tofile(file)
     return place
 
 
 def json_lines(path, columns=()):
-    """`path` itself or, for a table or a folder of clips, a manifest of it in the temporary folder.
-    """
+    """`path` or, of a table or a folder of clips, a manifest of it in the temporary folder."""
     if not (path.is_dir() or path.suffix in (".csv", ".tsv")):
         return path
     samples = "".join(json.dumps(sample) + "\n" for sample in own_samples(path, columns))
-    name = hashlib.sha1(f"{path.resolve()} {samples}".encode()).hexdigest()
-    place = Path(tempfile.gettempdir(), f"allinone-{name}.jsonl")
+    place = temporary(f"{path.resolve()} {samples}", ".jsonl")
     if not place.is_file():
-        beside = place.with_suffix(f".{os.urandom(4).hex()}")
-        beside.write_text(samples)
-        os.replace(beside, place)
+        with replacing(place) as file:
+            file.write(samples.encode())
     return place
 
 
 def own_samples(path, columns=()):
-    """Samples of a person's own table, or of a folder of clips with .txt or .json captions beside
-    them (as video2dataset leaves it), with absolute paths and "where"."""
-    names = {theirs: field for field, others in ALSO_CALLED.items() for theirs in others}
-    names |= {theirs: field for field, _, theirs in (c.partition("=") for c in columns)}
-    if path.is_dir():
-        rows = folder_rows(path)
-    else:
-        file = open(path, encoding="utf-8-sig", newline="")
-        table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        rows = ((f"{path}:{table.line_num}", row) for row in table)
-    for where, row in rows:
-        sample = {names.get(key, names.get(str(key).lower(), key)): value
-                  for key, value in row.items() if value not in (None, "")}
-        sample = {key: value for key, value in sample.items() if key in FIELDS}
+    """Samples of a person's own table or folder, with absolute paths and "where" = "file:line".
+    A column is named as its field, as `columns` says or as in ALSO_CALLED; others are not read."""
+    said = {field: theirs.lower() for field, _, theirs in (c.partition("=") for c in columns)}
+    for where, row in own_rows(path):
+        cells = {str(key).lower(): value for key, value in row.items()
+                 if isinstance(value, (str, int, float)) and value != ""}
+        sample = {"where": where}
+        for field, kind in FIELDS.items():
+            for key in (said.get(field), field, *ALSO_CALLED.get(field, ())):
+                if key in cells and field not in sample:
+                    value = cells[key]
+                    sample[field] = float(value) if kind == (int, float) else tidy(value)
         if not {"video", "text"} & sample.keys():
             raise DataError(f"{where}: no column is named like a field of a sample; there are "
                             f"{', '.join(map(str, row))}; say --columns video=NAME text=NAME")
-        for field in ("start", "end", "fps"):
-            if field in sample:
-                sample[field] = float(sample[field])
-        sample["video"] = str(path.absolute().parent / need(sample, where, "video"))
-        yield sample | {"where": where}
+        yield sample | {"video": str(path.absolute().parent / need(sample, where, "video"))}
 
 
-def folder_rows(folder):
-    """(where, row) of each clip below a folder that has a caption beside it."""
-    for clip in sorted(path for path in folder.rglob("*") if path.suffix.lower() in
-                       IMAGES.union(CLIPS)):
-        if (notes := clip.with_suffix(".json")).is_file():
-            row = json.loads(notes.read_text(encoding="utf-8"))
-        elif (notes := clip.with_suffix(".txt")).is_file():
-            row = {"text": " ".join(notes.read_text(encoding="utf-8").split())}
-        else:
-            continue
-        row = {key: value for key, value in row.items() if isinstance(value, (str, int, float))}
-        yield str(notes), row | {"video": str(clip.absolute())}
+def own_rows(path):
+    """(where, row) of a table, or of each clip below a folder that has a caption beside it, .json
+    (as video2dataset leaves it) or .txt."""
+    if not path.is_dir():
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            yield from ((f"{path}:{table.line_num}", row) for row in table)
+        return
+    for clip in sorted(p for p in path.rglob("*") if p.suffix.lower() in MEDIA):
+        for notes in filter(Path.is_file, [clip.with_suffix(".json"), clip.with_suffix(".txt")]):
+            text = notes.read_text(encoding="utf-8")
+            row = json.loads(text) if notes.suffix == ".json" else {"text": text}
+            yield f"{notes}:1", row | {"video": str(clip.absolute())}
+            break
+
+
+def tidy(value):
+    """Texts on one line and without doubled spaces, also in lists."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    return [tidy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # ==== Order of visits =============================================================================
@@ -249,10 +263,8 @@ def mix(*numbers):
 
 def shuffled(i, n, seed):
     """The i-th element of a pseudo-random permutation of range(n), without a list of it.
-
     A Feistel network permutes the smallest even number of bits that holds n; walking its cycle
-    until the value falls below n permutes range(n). O(1) memory, under four walks on average.
-    """
+    until the value falls below n permutes range(n): under four walks on average."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
     while True:
@@ -266,7 +278,6 @@ def shuffled(i, n, seed):
 
 class Batches:
     """Lists of (sample, draw), one a forward pass: a function of (seed, step, pass) only.
-
     sizes: lines of each manifest. batch: clips of one optimiser step over all processes. A step is
     cut into world * accumulate passes, of which rank r has the r-th `accumulate`; each reads one
     manifest, so that negatives never cross data sets. Manifests alternate evenly, in proportion to
@@ -293,13 +304,12 @@ class Batches:
         return len(self.steps) * len(self.mine)
 
     def __iter__(self):
-        for step in self.steps:
-            for number in self.mine:
-                yield self.visits(step * self.passes + number)
+        for step, number in itertools.product(self.steps, self.mine):
+            yield self.visits(step * self.passes + number)
 
     def visits(self, number):
         """(sample, draw) of the clips of pass `number`, counted from the run's first."""
-        which, before, left = 0, number, sum(self.shares)
+        before, left = number, sum(self.shares)
         for which, share in enumerate(self.shares):
             # floor(x + phase) rises by 0 or 1 a pass, in the long run `share` of `left` times
             ours, left = share / left, left - share
@@ -319,12 +329,10 @@ class Batches:
 
 def sample_frames(n, frames, train, view=0, views=1):
     """TSN sparse sampling, Sec. 3.1: one frame of each of `frames` equal segments of n frames.
-
     train: uniformly at random within its segment (torch's global generator), every frame possible.
     Otherwise the segment's centre or, for view v of K (the 3 x 3 frames of Tab. 2 to 4), the centre
     of the segment's v-th K-th. A clip of fewer than `frames` frames repeats some, in order.
-    n >= 1. Returns `frames` ascending indices.
-    """
+    n >= 1. Returns `frames` ascending indices."""
     picked = []
     for i in range(frames):
         low = i * n // frames
@@ -348,14 +356,12 @@ class NoPlan(Exception):
 
 def decode(path, pick, size=None, start=None, end=None, fps=None):
     """Exactly the chosen frames of a clip, decoding as little else as their codec allows.
-
     path: a video, an image (one frame) or a folder of frames in the order of their names, `fps` of
     them a second. pick: function of n, the frames that there are, to the list of wanted indices,
     repeats allowed. size: pixels of the shorter side, the proportions kept, or (height, width);
     None: as stored. start, end: seconds after the first frame; the n frames are those shown in
     [start, end). Returns uint8 RGB (S, 3, h, w) in the order picked, upright. Raises Unreadable.
-    Each pixel equals the full decode's: tests compare them for 26 kinds of file.
-    """
+    Each pixel equals the full decode's: tests compare them for 26 kinds of file."""
     try:
         if os.path.isdir(path):
             return decode_folder(path, pick, size, start, end, fps)
@@ -372,19 +378,21 @@ def decode(path, pick, size=None, start=None, end=None, fps=None):
 
 
 def open_video(path):
-    """(container, its first real video stream, set to decode on one thread)."""
+    """(container, its first real video stream, set to decode on one thread, whether pts are made
+    up: AVI stores none, which shows where frames are reordered)."""
     if not os.path.exists(path):
         raise Unreadable(f"{path}: no such file")
     if os.path.getsize(path) == 0:
         raise Unreadable(f"{path}: the file is empty")
     container = av.open(str(path), **OPEN)
     for stream in container.streams.video:
+        context = stream.codec_context
         cover = stream.disposition & av.stream.Disposition.attached_pic
         if not cover and container.format.name != "tty":       # FFmpeg renders text files as video
-            if stream.codec_context is None:
+            if context is None:
                 raise Unreadable(f"{path}: no decoder for its video codec; re-encode it as H.264")
-            stream.codec_context.thread_count = 1   # the reading processes are the parallelism
-            return container, stream
+            context.thread_count = 1                # the reading processes are the parallelism
+            return container, stream, container.format.name == "avi" and context.has_b_frames
     raise Unreadable(f"{path}: has no video stream")
 
 
@@ -397,13 +405,13 @@ def duration(path):
         return 0.0
 
 
-class Scaler:
-    """Frames to upright uint8 RGB (3, h, w), all of the size that the first one gets."""
+class Scaled(dict):
+    """{number or time of a frame: upright uint8 RGB (3, h, w)}, all sized as the first one is."""
 
     def __init__(self, size):
         self.size, self.reformatter = size, VideoReformatter()
 
-    def pixels(self, frame):
+    def add(self, key, frame):
         if not isinstance(self.size, tuple):
             short = min(frame.width, frame.height)
             scale = (self.size or short) / short
@@ -411,23 +419,25 @@ class Scaler:
         rgb = self.reformatter.reformat(frame, self.size[1], self.size[0], format="rgb24",
                                         interpolation=Interpolation.BILINEAR, threads=1)
         upright = np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))
-        return torch.from_numpy(upright).permute(2, 0, 1)
+        self[key] = torch.from_numpy(upright).permute(2, 0, 1)
+
+    def stack(self, keys):
+        return torch.stack([self[key] for key in keys])
 
 
 def decode_planned(path, pick, size, start, end):
-    """Learn the frames' times from the packets, then decode from each keyframe to its last target.
-
-    A run stops at its last target, so a seek never costs a decoded frame and always saves some.
-    """
-    scaler, found = Scaler(size), {}
-    container, stream = open_video(path)
+    """Learn the frames' times from the packets, then decode from each keyframe to its last target:
+    so a seek never costs a decoded frame and always saves some."""
+    found, runs = Scaled(size), []                  # runs: (keyframe, the targets decoded from it)
+    container, stream, guessed = open_video(path)
     with container:
+        if guessed:
+            raise NoPlan
         entries = stream.index_entries
         if len(entries) and entries[-1].pos + entries[-1].size > os.path.getsize(path):
             raise Unreadable(f"{path}: {TRUNCATED}")
         times, keys = packet_times(container, stream, path, start, end)
         targets = [times[k] for k in pick(len(times))]
-        runs = []                                   # (keyframe, the targets decoded from it)
         for target in sorted(set(targets)):
             key = keys[max(bisect.bisect_right(keys, target) - 1, 0)]
             if runs and key <= runs[-1][1][-1]:
@@ -442,19 +452,15 @@ def decode_planned(path, pick, size, start, end):
                 if frame.pts in wanted:
                     if damaged:
                         raise NoPlan
-                    found[frame.pts] = scaler.pixels(frame)
+                    found.add(frame.pts, frame)
     if len(found) < len(set(targets)):
         raise NoPlan
-    return torch.stack([found[target] for target in targets])
+    return found.stack(targets)
 
 
 def packet_times(container, stream, path, start, end):
-    """(times, keys): ascending pts of the window's frames and of the keyframes they start from.
-
-    From packet headers, nothing decoded: exact for any frame rate and any container with pts.
-    """
-    if guessed_times(container, stream):
-        raise NoPlan
+    """(times, keys): ascending pts of the window's frames and of the keyframes they start from,
+    from packet headers, nothing decoded: exact for any frame rate and any container with pts."""
     origin, second = stream.start_time or 0, 1 / float(stream.time_base)
     low, high = (None if t is None else origin + t * second for t in (start, end))
     if low is not None:
@@ -479,24 +485,18 @@ def packet_times(container, stream, path, start, end):
     if low is None and high is None and ends_early(container, (max(times) - origin) / second):
         raise Unreadable(f"{path}: {TRUNCATED}")
     times.sort()
-    if stream.codec_context.name in WHOLE_FROM_FIRST:
-        keys = keys[:1]
-    return times[window(times, low, high, path)], sorted(keys)
+    first_only = stream.codec_context.name in WHOLE_FROM_FIRST
+    return times[window(times, low, high, path)], keys[:1] if first_only else sorted(keys)
 
 
 def ends_early(container, video_seconds):
     """Whether no stream of a Matroska file reaches the duration in its header: it was cut off."""
-    promised = (container.duration or 0) / av.time_base
-    if not container.format.name.startswith("matroska") or video_seconds > 0.9 * promised - 1:
+    promised = 0.9 * (container.duration or 0) / av.time_base - 1
+    if not container.format.name.startswith("matroska") or video_seconds > promised:
         return False
     container.seek(container.start_time or 0)       # a sound may go on after the last picture
-    return all(packet.pts is None or float(packet.pts * packet.time_base) < 0.9 * promised - 1
+    return all(packet.pts is None or float(packet.pts * packet.time_base) < promised
                for packet in container.demux())
-
-
-def guessed_times(container, stream):
-    """Whether pts are made up: AVI stores none, which shows where frames are reordered."""
-    return container.format.name == "avi" and stream.codec_context.has_b_frames
 
 
 def window(times, low, high, path):
@@ -504,7 +504,7 @@ def window(times, low, high, path):
     first = 0 if low is None else bisect.bisect_left(times, low)
     last = len(times) if high is None else bisect.bisect_left(times, high)
     if first >= last and 0 < first < len(times):
-        first, last = first - 1, first
+        return slice(first - 1, first)
     if first >= last:
         raise Unreadable(f"{path}: no frame lies between the sample's start and end; check them")
     return slice(first, last)
@@ -512,9 +512,7 @@ def window(times, low, high, path):
 
 def decode_run(container, stream, wanted):
     """Yield frames to the last `wanted` pts, from the keyframe at which the container stands.
-
-    Frames that nothing refers to are skipped unless wanted, which changes no pixel of the rest.
-    """
+    Frames that nothing refers to are skipped unless wanted, which changes no pixel of the rest."""
     context, first, missing = stream.codec_context, None, set(wanted)
     for packet in container.demux(stream):
         if packet.size == 0 or not missing:
@@ -537,11 +535,9 @@ def decode_run(container, stream, wanted):
 
 def every_frame(path):
     """Yield (frame, seconds, damaged) of a clip in order, each decoded."""
-    container, stream = open_video(path)
+    container, stream, guessed = open_video(path)
+    rate, damaged = float(stream.average_rate or 1), False
     with container:
-        guessed = guessed_times(container, stream)
-        rate = float(stream.average_rate or 1)
-        damaged = False
         for i, frame in enumerate(container.decode(stream)):
             damaged = frame.is_corrupt or damaged and not frame.key_frame    # predicted from damage
             yield frame, i / rate if guessed or frame.pts is None else float(frame.time), damaged
@@ -554,16 +550,15 @@ def decode_serially(path, pick, size, start, end):
         raise Unreadable(f"{path}: holds no frame; the file is truncated or not a video")
     low, high = (None if t is None else seconds[0] + t for t in (start, end))
     shown = range(len(seconds))[window(seconds, low, high, path)]
-    targets = [shown[k] for k in pick(len(shown))]
-    scaler, found = Scaler(size), {}
+    found, targets = Scaled(size), [shown[k] for k in pick(len(shown))]
     for i, (frame, second, damaged) in enumerate(every_frame(path)):
         if i in targets:
             if damaged:
                 raise Unreadable(f"{path}: damaged around {second:.2f} s; replace or re-encode it")
-            found[i] = scaler.pixels(frame)
+            found.add(i, frame)
         if i >= max(targets):
             break
-    return torch.stack([found[target] for target in targets])
+    return found.stack(targets)
 
 
 def decode_folder(path, pick, size, start, end, fps):
@@ -571,27 +566,25 @@ def decode_folder(path, pick, size, start, end, fps):
     if not fps and (start is not None or end is not None):
         raise Unreadable(f"{path}: a folder of frames has no times; give their rate as "
                          '"fps", or drop "start" and "end"')
-    names = [name for name in os.listdir(path) if Path(name).suffix.lower() in IMAGES]
+    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGES)]
     names.sort(key=lambda name: [int(part) if part.isdigit() else part
                                  for part in re.split(r"(\d+)", name)])
     if not names:
-        raise Unreadable(f"{path}: the folder holds no image ({', '.join(sorted(IMAGES))})")
+        raise Unreadable(f"{path}: the folder holds no image ({', '.join(IMAGES)})")
     if fps:
         names = names[window([i / fps for i in range(len(names))], start, end, path)]
-    scaler, targets, found = Scaler(size), pick(len(names)), {}
+    found, targets = Scaled(size), pick(len(names))
     for k in set(targets):
         with closing(every_frame(os.path.join(path, names[k]))) as frames:
-            found[k] = scaler.pixels(next(frames)[0])
-    return torch.stack([found[target] for target in targets])
+            found.add(k, next(frames)[0])
+    return found.stack(targets)
 
 
 def augment(video, size, train, rand_augment=False, flip=False):
     """Crop to size x size, alike for all frames: random in training, else the centre.
-
     video: uint8 (..., 3, h, w) with h, w >= size. rand_augment: two operations of magnitude 9
     before the crop; flip: left to right with probability 0.5; both in training only, as in the
-    release. Returns uint8 (..., 3, size, size). Normalisation happens on the model's device.
-    """
+    release. Returns uint8 (..., 3, size, size). Normalisation happens on the model's device."""
     if not train:
         return v2.functional.center_crop(video, [size, size])
     steps = [v2.RandAugment()] if rand_augment else []
@@ -601,11 +594,9 @@ def augment(video, size, train, rand_augment=False, flip=False):
 
 def draw_boxes(video, boxes):
     """VCR, Sec. 4.2.4, Fig. 5: a mask around each entity in its own colour. uint8 (S, 3, h, w).
-
     boxes: [[identity, x0, y0, x1, y1], ...] in pixels of the frames. As the release: 0.7 of the
     image, 0.3 of the colour, and an outline of 3 pixels. The colour depends on nothing but the
-    identity's number: hues a golden section apart, so that any few differ.
-    """
+    identity's number: hues a golden section apart, so that any few differ."""
     colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.618034 * identity % 1, 1, 1))
                for identity, *_ in boxes]
     corners = torch.tensor([corners for _, *corners in boxes], dtype=torch.float32)
@@ -634,7 +625,6 @@ SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 class Tokenizer:
     """BERT's tokenisation (lower case, accents stripped, WordPiece) over `tokenizers`.
-
     Attributes: pad_id, unk_id, cls_id, sep_id, mask_id, vocab_size, `ordinary` (int64, the ids that
     are words or pieces, not [specials] or [unusedN]) and `pieces` (the set of ids of '##' pieces).
     """
@@ -643,8 +633,7 @@ class Tokenizer:
         words.no_truncation()
         words.no_padding()                      # what a tokenizer.json may carry is decided here
         self.words, vocabulary = words, words.get_vocab()
-        missing = [token for token in SPECIALS if token not in vocabulary]
-        if missing:
+        if missing := [token for token in SPECIALS if token not in vocabulary]:
             raise DataError(f"the vocabulary lacks {', '.join(missing)}; give one made for BERT")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             vocabulary[token] for token in SPECIALS)
@@ -661,14 +650,12 @@ class Tokenizer:
         """A local vocab.txt or tokenizer.json, else a Hugging Face name, fetched. DataError."""
         path = Path(name)
         try:
-            if not path.is_file() and path.suffix in (".txt", ".json"):
-                raise FileNotFoundError("no such file")         # a file's name: not worth fetching
-            if not path.is_file():
-                words = WordPieces.from_pretrained(str(name))
-            elif path.suffix == ".json":
+            if path.suffix == ".json":
                 words = WordPieces.from_file(str(path))
-            else:
+            elif path.is_file() or path.suffix == ".txt":       # a file's name: not fetched
                 words = bert(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+            else:
+                words = WordPieces.from_pretrained(str(name))
             words.encode("a word that is in no vocabulary")     # an unk_token that is none shows
         except Exception as error:         # tokenizers raises bare Exception, whatever went wrong
             raise DataError(f"vocabulary {str(name)!r} is no readable file and cannot be fetched "
@@ -678,20 +665,18 @@ class Tokenizer:
 
     @staticmethod
     def train(texts, vocab_size):
-        """A WordPiece vocabulary of the texts' own words, at most `vocab_size` tokens.
-
-        The most frequent words whole, and every letter and '##letter' met to spell the others. (The
-        trainer of `tokenizers` breaks ties by hash order: no two runs give the same vocabulary.)
-        """
-        words = bert(models.WordPiece(unk_token="[UNK]"))
-        count = collections.Counter(
-            word for text in texts for word, _ in words.pre_tokenizer.pre_tokenize_str(
-                words.normalizer.normalize_str(text)))
-        letters = sorted({letter for word in count for letter in word})
+        """A WordPiece vocabulary of the texts' own words, at most `vocab_size` tokens: the most
+        frequent words whole, and every letter and '##letter' met to spell the others. (The trainer
+        of `tokenizers` breaks ties by hash order: no two runs give the same vocabulary.)"""
+        words, count = bert(models.WordPiece(unk_token="[UNK]")), collections.Counter()
+        for text in texts:
+            text = words.normalizer.normalize_str(text)
+            count.update(word for word, _ in words.pre_tokenizer.pre_tokenize_str(text))
+        letters = sorted(set().union(*count))
         spelling = dict.fromkeys(SPECIALS + letters + ["##" + letter for letter in letters])
         frequent = sorted(count, key=lambda word: (-count[word], word))
-        tokens = list(spelling) + [word for word in frequent if word not in spelling]
-        vocabulary = {token: i for i, token in enumerate(tokens[:max(vocab_size, len(spelling))])}
+        tokens = list(spelling | dict.fromkeys(frequent))[:max(vocab_size, len(spelling))]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
         return Tokenizer(bert(models.WordPiece(vocabulary, unk_token="[UNK]")))
 
     def to_json(self):
@@ -711,17 +696,14 @@ class Tokenizer:
         return self.vocab_size
 
     def encode(self, text, max_len, first=None):
-        """Ids of [CLS] text [SEP], or [CLS] first [SEP] text [SEP], at most max_len.
-
-        Where they are too many, `first` (the question) loses its last words; `text` (the answer,
-        to be told from others) only where it is too long alone.
-        """
-        body = self.words.encode(text, add_special_tokens=False).ids
-        head = self.words.encode(first, add_special_tokens=False).ids if first else []
+        """Ids of [CLS] text [SEP], or [CLS] first [SEP] text [SEP], at most max_len: where they are
+        too many, `first` (the question) loses its last words; `text` only where too long alone."""
+        head, body = (self.words.encode(part or "", add_special_tokens=False).ids
+                      for part in (first, text))
         room = max_len - (3 if head else 2)
         body = body[:room]
-        head = head[:room - len(body)]
-        return [self.cls_id] + (head + [self.sep_id] if head else []) + body + [self.sep_id]
+        head = head[:room - len(body)] + [self.sep_id] if head else []
+        return [self.cls_id] + head + body + [self.sep_id]
 
     def decode(self, ids):
         """The words of ids, specials left out."""
@@ -741,13 +723,12 @@ def bert(model):
 
 def mask_tokens(ids, tokenizer, whole_words=False, p=0.15):
     """MLM, Sec. 3.3: each word token is chosen with probability p, to be told from its context.
-
     ids: list of token ids. Of those chosen 80 % become [MASK], 10 % a random word and 10 % stay;
     [CLS], [SEP] and [PAD] are never chosen. whole_words: '##' pieces are chosen with their head.
     Returns (masked ids, positions chosen, original ids there). Draws from torch's global generator.
     """
     fixed = {tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id}
-    masked, positions, chosen = list(ids), [], False
+    masked, positions, chosen, ordinary = list(ids), [], False, tokenizer.ordinary
     for position, token in enumerate(ids):
         if token in fixed:
             continue
@@ -759,19 +740,16 @@ def mask_tokens(ids, tokenizer, whole_words=False, p=0.15):
             if fate < 0.8:
                 masked[position] = tokenizer.mask_id
             elif fate < 0.9:
-                ordinary = tokenizer.ordinary
                 masked[position] = int(ordinary[torch.randint(len(ordinary), ())])
     return masked, positions, [ids[position] for position in positions]
 
 
 def vtm_pairs(captions, videos, generator=None):
     """VTM, Sec. 3.3: which clip's video each text of a group meets, and whether it is its own.
-
     captions, videos: one hashable per clip. Each keeps its own video with probability 0.5, else
     takes that of another clip of the group, of another video and another caption; where there is
     none it keeps its own. Returns (source, labels): lists of indices into the group and of
-    1 = match, 0 = mismatch.
-    """
+    1 = match, 0 = mismatch."""
     source, labels = [], []
     for i, (caption, video) in enumerate(zip(captions, videos)):
         others = [j for j in range(len(captions)) if captions[j] != caption and videos[j] != video]
@@ -789,16 +767,13 @@ MAX_SKIPS = 100         # unreadable lines in a row after which training cannot 
 
 
 def answers_of(paths):
-    """The classes that a model learns to answer with, for open-ended QA (Sec. 4.2.1) and probes.
-
+    """The classes that a model learns to answer with, for open-ended QA (Sec. 4.2.1) and probes:
     answers.json beside the first training manifest, which `convert` writes; without one, every
-    answer of the manifests, the commonest first.
-    """
+    answer of the manifests, the commonest first."""
     listed = Path(paths[0]).parent / "answers.json"
     if listed.is_file():
         return json.loads(listed.read_text(encoding="utf-8"))
-    manifest = Manifest(paths)
-    count = collections.Counter(manifest[i].get("answer") for i in range(len(manifest)))
+    count = collections.Counter(sample.get("answer") for sample in Manifest(paths))
     answers = [answer for answer, _ in count.most_common() if isinstance(answer, str)]
     if not answers:
         raise DataError(f'{paths[0]}: no line has words as its "answer"; expected '
@@ -809,13 +784,11 @@ def answers_of(paths):
 @dataclass(eq=False)
 class Clips:
     """A manifest's samples as tensors: `clips[index, draw]`, `draw` keying all randomness.
-
     Items are dicts of "video" uint8 (S, 3, H, W), S = 1 for an image, or (K, S, 3, H, W) if
     views > 1, "ids" (a list of token-id lists), "label", "caption", "clip", "kind"; to pretrain,
     "mlm" = (masked ids, positions, labels). All have "index", "draw", "set" (which manifest),
     "where" and "errors": of a clip that cannot be read, which has no more than these, the reason.
-    DataError if a line lacks what the task needs.
-    """
+    DataError if a line lacks what the task needs."""
     manifest: Manifest
     tokenizer: Tokenizer
     task: str                   # pretrain: a caption, and its masked form; retrieval: in training
@@ -843,12 +816,12 @@ class Clips:
 
     def __getitem__(self, key):
         index, draw = key
-        sample = self.manifest[index]
-        which, _ = self.manifest.locate(index)
-        item = {"index": index, "draw": draw, "set": which, "where": sample["where"], "errors": []}
+        sample, (which, _) = self.manifest[index], self.manifest.locate(index)
+        where = sample["where"]
+        item = {"index": index, "draw": draw, "set": which, "where": where, "errors": []}
         if is_image(sample) != self.manifest.images[which]:
-            raise DataError(f'{sample["where"]}: images and clips in one manifest; its first line '
-                            "is of the other kind: give the images a manifest of their own")
+            raise DataError(f"{where}: images and clips in one manifest; its first line is of the "
+                            "other kind: give the images a manifest of their own")
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed GPUs too, at a fifth of the cost of a small clip
             torch.default_generator.manual_seed(mix(self.seed, draw))
@@ -856,18 +829,17 @@ class Clips:
             try:
                 video = self.read_video(sample)
             except Unreadable as error:
-                return {**item, "errors": [f"{sample['where']}: {error}"]}
-        return {**item, **words, "video": video, "clip": sample["video"],
-                "kind": sample.get("kind")}
+                return {**item, "errors": [f"{where}: {error}"]}
+        return item | words | {"video": video, "clip": sample["video"], "kind": sample.get("kind")}
 
     def read_video(self, sample):
         """uint8 ([K,] S, 3, H, W) of a sample, cropped."""
         frames = 1 if is_image(sample) else self.frames
-        size = self.image_size
+        size, views = self.image_size, 1 if self.train else self.views
 
         def pick(n):
-            return [k for view in range(1 if self.train else self.views)
-                    for k in sample_frames(n, frames, self.train, view, self.views)]
+            return [k for view in range(views)
+                    for k in sample_frames(n, frames, self.train, view, views)]
 
         boxes = sample.get("boxes") if self.boxes else None
         side = None if boxes else (size, size) if self.squash else int(1.2 * size)   # release: 268
@@ -876,36 +848,36 @@ class Clips:
             video = v2.functional.resize(draw_boxes(video, boxes), [size, size])
         flip = self.flip and not names_sides(sample)
         video = augment(video, size, self.train, self.rand_augment, flip)
-        return video.unflatten(0, (self.views, frames)) if len(video) > frames else video
+        return video.unflatten(0, (views, frames)) if views > 1 else video
 
     def read_words(self, sample):
         """The token ids and the label of a sample for the task. May set the sample's window."""
-        where = sample["where"]
+        where, question, answer = sample["where"], sample.get("question"), sample.get("answer")
         if self.task in ("pretrain", "retrieval"):
             captions = self.captions(sample)
-            ids = [self.encode(caption) for caption in captions]
-            words = {"ids": ids, "caption": captions[0], "label": 0}
+            words = {"ids": [self.encode(text) for text in captions], "caption": captions[0],
+                     "label": 0}
             if self.task == "pretrain":
-                words["mlm"] = mask_tokens(ids[0], self.tokenizer, self.whole_word_masking)
-            elif self.train:
-                words["ids"] += [self.encode(text) for text in self.draw_false_texts(sample)]
+                words["mlm"] = mask_tokens(words["ids"][0], self.tokenizer, self.whole_word_masking)
+            elif self.train:        # and captions of random other lines, to rank it among (4.2.2)
+                drawn = [int(torch.randint(len(self), ())) for _ in range(self.false_texts)]
+                texts = [self.captions(self.manifest[index])[0] for index in drawn]
+                words["ids"] += [self.encode(t) for t in texts if t not in texts_of(sample)]
             return words
         if self.task == "choice":
-            options, answer = need(sample, where, "options"), sample.get("answer")
-            if answer in options:
-                answer = options.index(answer)
+            options = need(sample, where, "options")
+            answer = options.index(answer) if answer in options else answer
             if not isinstance(answer, int) or not 0 <= answer < len(options):
                 raise DataError(f'{where}: "answer" is {answer!r}; expected an index into the '
                                 f"{len(options)} options, from 0, or one of them")
-            return {"ids": [self.encode(option, sample.get("question")) for option in options],
-                    "label": answer}
+            return {"ids": [self.encode(option, question) for option in options], "label": answer}
         text = need(sample, where, "question") if self.task == "qa" else ""
-        return {"ids": [self.encode(text)], "label": self.labels.get(sample.get("answer"), -1)}
+        return {"ids": [self.encode(text)], "label": self.labels.get(answer, -1)}
 
     def captions(self, sample):
         """The captions of a sample to read on this visit: one in training, all in evaluation."""
-        texts = sample.get("captions") or sample.get("texts") or [need(sample, sample["where"],
-                                                                       "text")]
+        texts = (sample.get("captions") or sample.get("texts")
+                 or [need(sample, sample["where"], "text")])
         one = int(torch.randint(len(texts), ())) if self.train else 0
         if "captions" in sample:
             start, end, text = texts[one]
@@ -914,19 +886,12 @@ class Clips:
             return [text]
         return texts[one:one + 1] if self.train or self.task == "pretrain" else texts
 
-    def draw_false_texts(self, sample):
-        """Captions of random other lines, for ranking (Sec. 4.2.2); none that is the clip's own."""
-        drawn = [int(torch.randint(len(self), ())) for _ in range(self.false_texts)]
-        texts = [self.captions(self.manifest[index])[0] for index in drawn]
-        return [text for text in texts if text not in texts_of(sample)]
-
     def encode(self, text, first=None):
         return self.tokenizer.encode(text, self.max_text_len, first)
 
 
 def collate(items, clips, group=None):
     """Items of Clips to one batch: B clips, m tokens of the longest text rounded up to 8.
-
     "video" uint8 (B, S, 3, H, W) or (B, K, S, 3, H, W); "text_ids" int64, "text_mask" bool (B, m);
     "label", "index", "set" int64 (B,); "where", "kind" lists of B; "errors", what could not be
     read, which is left out of all else (B may then be 0, and "index" the only tensor).
@@ -935,38 +900,31 @@ def collate(items, clips, group=None):
     (T, m) and "text_clip" int64 (T,), the row of each caption's clip.
     Pre-training: "mlm_ids" (B, m), "mlm_where" (M,) positions in the flattened (B*m), "mlm_labels"
     (M,), M padded to a multiple of 32 by where 0, label -100; "vtm_source", "vtm_labels" (B,) drawn
-    within consecutive groups of `group` clips (default: all), by (seed, the group's first draw).
-    """
-    readable = [item for item in items if "video" in item]
-    batch = {"index": torch.tensor([item["index"] for item in readable], dtype=torch.int64),
-             "where": [item["where"] for item in readable],
-             "kind": [item["kind"] for item in readable],
-             "errors": [error for item in items for error in item["errors"]]}
-    if not readable:
+    within consecutive groups of `group` clips (default: all), by (seed, the group's first draw)."""
+    errors = [error for item in items for error in item["errors"]]
+    items = [item for item in items if "video" in item]
+    batch = {name: [item[name] for item in items] for name in ("index", "where", "kind")}
+    batch |= {"index": torch.tensor(batch["index"], dtype=torch.int64), "errors": errors}
+    if not items:
         return batch
-    for name in ("label", "set"):
-        batch[name] = torch.tensor([item[name] for item in readable])
-    batch["video"] = torch.stack([item["video"] for item in readable])
-    counts = torch.tensor([len(item["ids"]) for item in readable])
-    texts = [ids for item in readable for ids in item["ids"]]
+    batch |= {name: torch.tensor([item[name] for item in items]) for name in ("label", "set")}
+    batch["video"] = torch.stack([item["video"] for item in items])
+    counts = torch.tensor([len(item["ids"]) for item in items])
+    texts = [ids for item in items for ids in item["ids"]]
     m = min(-(-max(map(len, texts)) // 8) * 8, clips.max_text_len)
     ids = pad(texts, m, clips.tokenizer.pad_id)
     mask = torch.arange(m) < torch.tensor([len(text) for text in texts])[:, None]
     if clips.task == "choice" or clips.task == "retrieval" and clips.train:
-        present = torch.arange(int(counts.max())) < counts[:, None]                 # (B, O)
-        batch["option_mask"] = present
-        batch["text_ids"] = torch.full((*present.shape, m), clips.tokenizer.pad_id)
-        batch["text_mask"] = torch.zeros(*present.shape, m, dtype=torch.bool)
-        batch["text_ids"][present], batch["text_mask"][present] = ids, mask
+        batch["option_mask"] = torch.arange(int(counts.max())) < counts[:, None]    # (B, O)
+        for name, rows, value in ("ids", ids, clips.tokenizer.pad_id), ("mask", mask, False):
+            batch[f"text_{name}"] = torch.nn.utils.rnn.pad_sequence(
+                rows.split(counts.tolist()), True, value)                           # (B, O, m)
         return batch
     batch |= {"text_ids": ids, "text_mask": mask, "text_clip": torch.repeat_interleave(counts)}
-    return batch | objectives(readable, m, clips, group) if clips.task == "pretrain" else batch
-
-
-def objectives(items, m, clips, group=None):
-    """What MLM and VTM add to a batch of `items` with m tokens a text: see collate."""
-    where = [row * m + position for row, item in enumerate(items) for position in item["mlm"][1]]
-    labels = [label for item in items for label in item["mlm"][2]]
+    if clips.task != "pretrain":
+        return batch
+    masked, positions, labels = zip(*[item["mlm"] for item in items])
+    where = [row * m + position for row, places in enumerate(positions) for position in places]
     padding = -len(where) % 32 if where else 32
     source, matches, group = [], [], group or len(items)
     for begin in range(0, len(items), group):
@@ -976,29 +934,29 @@ def objectives(items, m, clips, group=None):
             torch.Generator().manual_seed(mix(clips.seed, near[0]["draw"], 1)))
         source += [begin + i for i in chosen]
         matches += match
-    return {"mlm_ids": pad([item["mlm"][0] for item in items], m, clips.tokenizer.pad_id),
-            "mlm_where": torch.tensor(where + [0] * padding),
-            "mlm_labels": torch.tensor(labels + [-100] * padding),
-            "vtm_source": torch.tensor(source), "vtm_labels": torch.tensor(matches)}
+    return batch | {"mlm_ids": pad(masked, m, clips.tokenizer.pad_id),
+                    "mlm_where": torch.tensor(where + [0] * padding),
+                    "mlm_labels": torch.tensor(sum(labels, []) + [-100] * padding),
+                    "vtm_source": torch.tensor(source), "vtm_labels": torch.tensor(matches)}
 
 
 def pad(rows, length, value):
     """Lists of unequal length as int64 (len(rows), length), filled up with `value`."""
-    return torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
 class Readers:
     """`function` in processes that may die or hang: each is minded by a thread, which replaces it.
-
-    Calling it answers one task in the calling thread's own process, or raises Unreadable if the
-    task killed that process twice (once may be an accident) or took longer than `timeout` seconds;
-    errors of `function` are raised as they are. function and tasks are pickled. workers = 0: here,
-    unprotected. (A DataLoader tells of a dead worker by an exception anywhere in the main thread.)
-    """
+    Calling it answers one task in a process, or raises Unreadable if the task killed its process
+    twice (once may be an accident) or took longer than `timeout` seconds; errors of `function` are
+    raised as they are. function and tasks are pickled. workers = 0: here, unprotected. (A
+    DataLoader tells of a dead worker by an exception anywhere in the main thread.)"""
 
     def __init__(self, function, workers, timeout):
         self.function, self.workers, self.timeout = function, workers, timeout
-        self.mine, self.processes, self.closed = threading.local(), [], False
+        self.idle, self.processes, self.closed = queue.SimpleQueue(), [], False
+        for _ in range(workers):
+            self.idle.put(None)                     # to be started by the thread that needs it
         # Fresh processes, without our threads and locks; a fork server imports torch once for all.
         server = "forkserver" in multiprocessing.get_all_start_methods()
         self.context = multiprocessing.get_context("forkserver" if server else "spawn")
@@ -1006,39 +964,39 @@ class Readers:
             self.context.set_forkserver_preload([__name__])
 
     def start(self):
-        self.mine.pipe, theirs = self.context.Pipe()
-        self.mine.process = self.context.Process(target=serve, args=(self.function, theirs),
-                                                 daemon=True)
-        self.mine.process.start()
-        self.processes.append(self.mine.process)
+        pipe, theirs = self.context.Pipe()
+        process = self.context.Process(target=serve, args=(self.function, theirs), daemon=True)
+        process.start()
+        self.processes.append(process)
         theirs.close()
-        self.mine.pipe.recv()                       # it has imported torch: now a deadline is fair
+        return process, pipe
 
     def __call__(self, task):
         if not self.workers:
             return self.function(task)
         for attempt in range(2):
-            if self.closed:
-                break
-            if not hasattr(self.mine, "process"):
-                self.start()
-            process, pipe = self.mine.process, self.mine.pipe
+            reader = self.idle.get()
+            process, pipe = reader or self.start()
             try:
+                if not reader:
+                    pipe.recv()                     # it has imported torch: now a deadline is fair
                 pipe.send(task)
                 if not pipe.poll(self.timeout):
                     process.kill()
-                    del self.mine.process
+                    self.idle.put(None)
                     raise Unreadable(f"took longer than {self.timeout:g} s to read")
                 result, error = pipe.recv()
             except (EOFError, ConnectionError):
                 process.join()
-                del self.mine.process
+                self.idle.put(None)
+                if self.closed:
+                    break
                 continue
+            self.idle.put((process, pipe))
             if error is not None:
                 raise error
             return result
-        raise Unreadable("took its reader down" + (
-            "" if self.closed else f" (exit code {process.exitcode})"))
+        raise Unreadable(f"took its reader down (exit code {process.exitcode})")
 
     def ahead(self, work, tasks, depth=2):
         """Yields work(task) for each task, in order, computed by threads `depth` tasks ahead."""
@@ -1078,11 +1036,9 @@ def serve(function, pipe):
 
 def load(clips, passes, merge, workers, timeout=120):
     """Yields merge(items) for each list of (sample, draw) in `passes`, in order, read ahead.
-
     In training the next readable line of a manifest stands in for a clip that cannot be read, which
     the item's "errors" name; in evaluation nothing does. A clip that killed its reader, or took
-    longer than `timeout` seconds, is unreadable from then on.
-    """
+    longer than `timeout` seconds, is unreadable from then on."""
     readers, refused = Readers(clips.__getitem__, workers, timeout), {}
 
     def visit(key):
@@ -1104,9 +1060,8 @@ def load(clips, passes, merge, workers, timeout=120):
         raise DataError(f"{MAX_SKIPS} clips in a row cannot be read, the first: {errors[0]}")
 
     passes, sizes = itertools.tee(passes)
-    keys = (key for keys in passes for key in keys)
-    items = readers.ahead(visit, keys, 2 * max(workers, 8))
-    with closing(items):
+    with closing(readers.ahead(visit, itertools.chain.from_iterable(passes),
+                               2 * max(workers, 8))) as items:
         for keys in sizes:
             yield merge(list(itertools.islice(items, len(keys))))
 
@@ -1118,6 +1073,7 @@ COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 LIGHTS = (200, 60, 60), (60, 180, 60), (60, 80, 200)
 ORDERS = "green", "blue"                         # what red turns into: the way the light cycles
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TEMPLATES = {
     "light": ("{colour} {shape} while red turns {order}",
               "red turns {order} around {colour} {shape}"),
@@ -1154,11 +1110,8 @@ class ToyClip:
 
     def twin(self):
         """The clip that the reversed frames show: the other order, or the opposite motion."""
-        opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[self.motion]
-        last = self.first
-        if self.event == "light":
-            last = (self.first + (2 if self.order == 0 else -2)) % 3
-        return replace(self, motion=opposite, order=1 - self.order, first=last)
+        last = (self.first + (self.event == "light") * (2 if self.order == 0 else -2)) % 3
+        return replace(self, motion=OPPOSITE[self.motion], order=1 - self.order, first=last)
 
     def caption(self, **other):
         """The clip's caption in its own wording; keyword arguments change what it says."""
@@ -1179,9 +1132,9 @@ class ToyClip:
     def frames(self):
         """uint8 (12, 80, 80, 3): three thirds of four frames."""
         thirds = np.arange(TOY_FRAMES) // (TOY_FRAMES // 3) * (self.event == "light")
-        thirds = thirds * (1 if self.order == 0 else -1)
+        lights = (self.first + thirds * (1 if self.order == 0 else -1)) % 3
         frames = np.empty((TOY_FRAMES, SIDE, SIDE, 3), np.uint8)
-        frames[:] = (np.array(LIGHTS)[(self.first + thirds) % 3] * self.gain)[:, None, None]
+        frames[:] = (np.array(LIGHTS)[lights] * self.gain)[:, None, None]
         frames[self.places()] = COLOURS[self.colour]
         return frames
 
@@ -1189,20 +1142,20 @@ class ToyClip:
         """Its lines of each manifest: {prefix of the manifest's name: [sample without video]}."""
         others = [self.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS
                   if (shape, colour) != (self.shape, self.colour)]
+        wrong = {"appearance": draw.sample(others, 3)}
         asked = [("what shape is it?", self.shape, "shape"),
                  ("what colour is it?", self.colour, "colour")]
-        wrong = {"appearance": draw.sample(others, 3)}
         if self.event == "light":
             wrong["order"] = [self.caption(order=1 - self.order)]
             asked.append(("what does red turn into?", ORDERS[self.order], "order"))
         else:
-            wrong["motion"] = [self.caption(motion=self.twin().motion)]
+            wrong["motion"] = [self.caption(motion=OPPOSITE[self.motion])]
             asked.append(("which way does it move?", self.motion, "motion"))
         choices = []
         for kind, options in wrong.items():
             answer = draw.randrange(len(options) + 1)
-            choices.append({"options": options[:answer] + [self.caption()] + options[answer:],
-                            "answer": answer, "kind": kind})
+            options.insert(answer, self.caption())
+            choices.append({"options": options, "answer": answer, "kind": kind})
         return {"": [{"text": self.caption()}], "choice_": choices,
                 "qa_": [{"question": q, "answer": a, "kind": k} for q, a, k in asked],
                 "probe_": [{"answer": self.caption(template=0)}]}
@@ -1221,17 +1174,14 @@ def write_clip(path, frames, fps, options):
 
 def toy(root="data/toy", seed=0):
     """The embedded data set, generated once: 2600 clips of 80 x 80 px, 3 s at 4 fps. Returns root.
-
-    An object (shape, colour) stands still while the light that fills the frame cycles through
-    three colours one way or the other; or it moves one way in a still light, which a small model
-    learns more slowly. Clips come in twins of the same frames in reverse order, so that no multiset
-    of frames tells order or motion. Every frame is coded alone at a fixed quantiser: a decoded
-    clip's frames reversed are its twin's, bit for bit. Per split: SPLIT.jsonl (captions),
-    choice_SPLIT (kinds "appearance", "order", "motion"; the last two between opposites), qa_SPLIT,
-    probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures), and retrieval_SPLIT (the first
-    clip of each meaning with both its wordings). Written beside and renamed, so that a folder of
-    the name is complete. DataError if `root` is something else.
-    """
+    An object (shape, colour) stands still while the light that fills the frame cycles through three
+    colours one way or the other; or it moves in a still light, which a small model learns more
+    slowly. Clips come in twins of the same frames in reverse order, so that no multiset of frames
+    tells order or motion; coded alone at a fixed quantiser, they are so bit for bit. Per split:
+    SPLIT.jsonl (captions), choice_SPLIT (kinds "appearance", "order", "motion"; the last two
+    between opposites), qa_SPLIT, probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures) and
+    retrieval_SPLIT (the first clip of each meaning with both its wordings). Written beside and
+    renamed, so that a folder of the name is complete. DataError if `root` is something else."""
     root, content = Path(root), json.dumps({"seed": seed, "clips": SPLITS, "version": 3}) + "\n"
     if (root / "toy.json").is_file() and (root / "toy.json").read_text() == content:
         return root
@@ -1239,39 +1189,40 @@ def toy(root="data/toy", seed=0):
         raise DataError(f"{root}: exists and is another toy set or none; give another folder or "
                         "remove it")
     root.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    (beside / "clips").mkdir()
-    for split, count in SPLITS.items():
-        draw, lines = random.Random(f"{seed} {split}"), collections.defaultdict(dict)
-        for i in range(count):
-            clip = ToyClip.drawn(draw) if i % 2 == 0 else clip.twin()
-            video, image = f"clips/{split}_{i:04}.mp4", f"clips/{split}_{i:04}.png"
-            frames = clip.frames()
-            write_clip(beside / video, frames, 4, TOY_X264)
-            save_image(torch.from_numpy(frames[i % TOY_FRAMES]).permute(2, 0, 1) / 255,
-                       beside / image)
-            said = clip.samples(draw)
-            for name, samples in said.items():
-                for sample in samples:
-                    lines[name][len(lines[name])] = {"video": video, **sample}
-            lines["image_"][i] = {"video": image, "text": f"{clip.colour} {clip.shape}"}
-            texts = [clip.caption(template=wording) for wording in range(2)]
-            lines["retrieval_"].setdefault(texts[0], {"video": video, "texts": texts})
-            if (i + 1) % 100 == 0:
-                print(f"\rtoy clips to {root}: {split} {i + 1}/{count}  ", end="", file=sys.stderr)
-        for name, rows in lines.items():
-            (beside / f"{name}{split}.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in rows.values()))
-    print(file=sys.stderr)
-    (beside / "toy.json").write_text(content)
-    beside.chmod(0o755)
-    try:
-        os.rename(beside, root)
-    except OSError:
-        if not (root / "toy.json").is_file():       # another process of the job was faster: use its
-            raise
-        shutil.rmtree(beside)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+        beside = Path(folder, "toy")
+        (beside / "clips").mkdir(parents=True)
+        for split, count in SPLITS.items():
+            toy_split(beside, split, count, random.Random(f"{seed} {split}"))
+        print(file=sys.stderr)
+        (beside / "toy.json").write_text(content)
+        try:
+            os.rename(beside, root)
+        except OSError:
+            if not (root / "toy.json").is_file():   # another process of the job was faster: use its
+                raise
     return root
+
+
+def toy_split(folder, split, count, draw):
+    """Writes the clips and manifests of one split of the toy set; draw: a random.Random."""
+    lines, meanings = collections.defaultdict(list), {}
+    for i in range(count):
+        clip = ToyClip.drawn(draw) if i % 2 == 0 else clip.twin()
+        frames, texts = clip.frames(), [clip.caption(template=wording) for wording in range(2)]
+        video, image = ({"video": f"clips/{split}_{i:04}.{kind}"} for kind in ("mp4", "png"))
+        write_clip(folder / video["video"], frames, 4, TOY_X264)
+        save_image(torch.from_numpy(frames[i % TOY_FRAMES]).permute(2, 0, 1) / 255,
+                   folder / image["video"])
+        for prefix, samples in clip.samples(draw).items():
+            lines[prefix] += [video | sample for sample in samples]
+        lines["image_"].append(image | {"text": f"{clip.colour} {clip.shape}"})
+        meanings.setdefault(texts[0], video | {"texts": texts})
+        if i % 100 == 99:
+            print(f"\rtoy clips: {split} {i + 1}/{count}  ", end="", file=sys.stderr)
+    for prefix, samples in (lines | {"retrieval_": meanings.values()}).items():
+        text = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (folder / f"{prefix}{split}.jsonl").write_text(text)
 
 
 # ---- the data doctor
@@ -1288,13 +1239,11 @@ def examine(task):
 def check(manifest, workers=2, timeout=60, frames=3, image_size=224, tokenizer=None,
           max_text_len=40, gpu=400):
     """The data doctor: decode every sample, each under a time limit; write NAME.clean.jsonl.
-
     Prints and returns {fault: [file:line and detail]}. Clips that are missing, unreadable, hang or
     kill their reader, bad lines and samples with an empty text are left out of the clean manifest;
     clips of fewer than `frames` frames, texts of more than max_text_len tokens (words, without a
     tokenizer) and captions that other clips have too are only reported: usable, but to be known.
-    gpu: clips/s that a GPU trains on, for the number of workers that feed it.
-    """
+    gpu: clips/s that a GPU trains on, for the number of workers that feed it."""
     source, found, drop, first = Manifest(manifest), collections.defaultdict(list), set(), {}
     readers, seconds, began = Readers(examine, workers, timeout), [], time.monotonic()
 
@@ -1302,42 +1251,36 @@ def check(manifest, workers=2, timeout=60, frames=3, image_size=224, tokenizer=N
         try:
             sample = source[i]
             wanted = 1 if is_image(sample) else frames
-            counted, spent = readers((sample, wanted, image_size))
-            return sample, spent, f"has {counted} frames" if counted < wanted else None, None
+            return sample, wanted, *readers((sample, wanted, image_size))
         except (DataError, Unreadable) as error:
-            return None, 0, None, error
+            return error, 0, 0, 0
 
-    for i, (sample, spent, short, error) in enumerate(readers.ahead(visit, range(len(source)), 64)):
-        if error:
+    for i, (sample, wanted, has, spent) in enumerate(readers.ahead(visit, range(len(source)), 64)):
+        if isinstance(sample, Exception):
+            bad, gone = isinstance(sample, DataError), str(sample).endswith("no such file")
+            fault = "bad line" if bad else "missing file" if gone else "unreadable"
+            found[fault].append(str(sample) if bad else f"{source[i]['where']}: {sample}")
             drop.add(i)
-            if isinstance(error, DataError):
-                found["bad line"].append(str(error))
-            else:
-                kind = "missing file" if str(error).endswith("no such file") else "unreadable"
-                found[kind].append(f"{source[i]['where']}: {error}")
             continue
         seconds.append(spent)
         where, caption = sample["where"], sample.get("text")
-        if short:
-            found["short clip"].append(f"{where}: {short}, fewer than {frames}")
+        if has < wanted:
+            found["short clip"].append(f"{where}: has {has} frames, fewer than {frames}")
         for text in texts_of(sample):
             if not isinstance(text, str) or not text.strip():
                 found["empty text"].append(where)
                 drop.add(i)
             elif len(tokenizer.encode(text, 10 ** 6) if tokenizer else text.split()) > max_text_len:
                 found["text too long"].append(f"{where}: {text:.60}...")
-        if caption and first.setdefault(hash(caption), i) != i:
-            found["duplicate caption"].append(
-                f"{where}: as line {first[hash(caption)] + 1}: {caption:.60}")
+        if caption and (line := first.setdefault(hash(caption), i + 1)) <= i:
+            found["duplicate caption"].append(f"{where}: as line {line}: {caption:.60}")
         if i % 20 == 19:
             rate = (i + 1) / (time.monotonic() - began)
             print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad, {rate:.0f}/s, "
                   f"{(len(source) - i) / rate:.0f} s left   ", end="", file=sys.stderr)
     clean = Path(manifest).with_suffix(".clean.jsonl")
-    beside = f"{clean}.{os.urandom(4).hex()}"
-    with open(source.paths[0], "rb") as lines, open(beside, "wb") as kept:
+    with open(source.paths[0], "rb") as lines, replacing(clean) as kept:
         kept.writelines(line for i, line in enumerate(lines) if i not in drop and line.strip())
-    os.replace(beside, clean)
     for fault, places in sorted(found.items()):
         print(f"\n{fault}: {len(places)}", *places[:20], sep="\n    ")
         if len(places) > 20:
@@ -1351,20 +1294,68 @@ def check(manifest, workers=2, timeout=60, frames=3, image_size=224, tokenizer=N
 
 
 # ---- data sets: from each original public release to manifests
-# A reader yields the samples of one split. "video" is the clip's name in the annotations (a list:
-# any of these). test.jsonl is the split of the paper's number, also where its owners call it val.
-# paths: annotation files of the split; find(names): others at hand; clip(name): a clip's path.
+# A reader yields the samples of one split from `paths`, its annotation files. "video" is the clip's
+# name in them (a list: any of these). test.jsonl is the split of the paper's number, also where its
+# owners call it val.
 
-Source = collections.namedtuple("Source", "paths split find clip")
+OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "video": "video",
+        "name": "text", "text": "text", "q": "question", "question": "question",
+        "options": "options", "label": "answer", "answer_idx": "answer", "answer": "answer",
+        "answer_type": "kind"}                              # a published column: our field
+SPELT = {"train": "train(ing)?", "val": "val(id|idate|idation)?"}
 
 
-def _rows(paths, columns=""):
+class Release:
+    """What a reader is given: `split`, `paths`, and by `find` and `clip` what else there is."""
+
+    def __init__(self, annotations, videos):
+        for path in [*annotations, videos]:
+            if not os.path.exists(path):
+                raise DataError(f"{path}: no such file or folder")
+        self.annotations, self.split, self.paths = list(map(Path, annotations)), None, []
+        self.files = sorted({os.path.abspath(file) for path in self.annotations
+                             for file in (path.rglob("*") if path.is_dir() else [path])})
+        # {name without extension: path} of all below `videos`, in one go: to ask the disk for
+        # millions of clips would take hours. A later clip of one name goes by "folder/name".
+        self.clips, rank = {}, {extension: i for i, extension in enumerate(MEDIA)}
+        for folder, folders, files in os.walk(videos, followlinks=True):
+            for name in sorted(folders + files, key=lambda name: (
+                    rank.get(os.path.splitext(name)[1].lower(), len(rank)), name)):
+                path, (short, long) = os.path.join(folder, name), stems(os.path.join(folder, name))
+                if os.path.dirname(self.clips.setdefault(short, path)) != folder:
+                    self.clips.setdefault(long, path)
+
+    def find(self, forms, split=""):
+        """Annotation files named so; of forms between " | " the first of which there are any."""
+        for form in forms.split(" | "):
+            pattern = fnmatch.translate(form).replace("SPLIT", SPELT.get(split, split))
+            if found := [f for f in self.files if re.match(pattern, os.path.basename(f), re.I)]:
+                return found
+        return []
+
+    def clip(self, *names):
+        """The path of a clip of any of these names, or None."""
+        keys = (key for name in names for key in reversed(stems(name)))
+        return next((self.clips[key] for key in keys if key in self.clips), None)
+
+
+def stems(path):
+    """("name", "folder/name") without media extensions (DiDeMo has x.mov.mp4); the dots in the
+    times of an LSMDC clip stay."""
+    folder, name = os.path.split(path)
+    while os.path.splitext(name)[1].lower() in MEDIA:
+        name = os.path.splitext(name)[0]
+    return name, f"{os.path.basename(folder)}/{name}"
+
+
+def rows(paths, columns=""):
     """Objects of .json and .jsonl, lines of .txt without remarks, dicts of .csv and .tsv files.
     columns: of a table without a header; there a quote is only a character. An undecodable byte
     costs one character, not the data set."""
     for path in paths:
         unzip = gzip.open if path.endswith(".gz") else open
-        authors = re.search(r"(success_full|DiDeMo_\w+)\.tsv$", path)   # (text, video), a header
+        authors = re.search(r"(success_full|DiDeMo_\w+)\.tsv$", path)   # with a header
+        names = "text video" if authors else columns
         quoting = csv.QUOTE_NONE if columns and not authors else csv.QUOTE_MINIMAL
         try:
             with unzip(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -1379,9 +1370,8 @@ def _rows(paths, columns=""):
                     delimiter = "\t" if "\t" in file.readline() else ","
                     file.seek(0)
                     table = csv.reader(file, delimiter=delimiter, quoting=quoting)
-                    names = next(table, []) if authors or not columns else columns.split()
-                    names = ["text", "video"] if authors else names
-                    yield from (dict(zip(names, cells)) for cells in table if cells)
+                    header = next(table, []) if authors or not columns else ()
+                    yield from (dict(zip(names.split() or header, row)) for row in table if row)
         except (json.JSONDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path}: damaged ({error}); download it again") from error
 
@@ -1402,16 +1392,16 @@ def entries(path, chunk=1 << 24):
         raise DataError(f"{path}: damaged, or its end is missing; download it again")
 
 
-OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "video": "video",
-        "name": "text", "text": "text", "q": "question", "question": "question",
-        "options": "options", "label": "answer", "answer_idx": "answer", "answer": "answer",
-        "answer_type": "kind"}                              # a published column: our field
+def own(source):
+    """A .csv or .tsv with columns such as path, caption, or a folder of clips with .txt or .json
+    captions beside them."""
+    return itertools.chain.from_iterable(map(own_samples, source.annotations))
 
 
 def one_a_row(source, columns="", **fields):
     """A row is a sample, in the columns of its owners, of ClipBERT or of the authors; answers
     count from 0, in LSMDC's test from 1 (its first option is the truth elsewhere)."""
-    for row in _rows(source.paths, columns):
+    for row in rows(source.paths, columns):
         sample = fields | {OURS[key]: value for key, value in row.items() if key in OURS}
         if "videoid" in row:                                # WebVid
             sample["video"] = f"{row['page_dir']}/{row['videoid']}"
@@ -1443,14 +1433,13 @@ def howto100m(source):
             for video, c in entries(path):
                 yield {"video": video, "captions": [*zip(c["start"], c["end"], c["text"])]}
         else:
-            windows = [(float(row["start"]), float(row["end"]), row["text"])
-                       for row in _rows([path])]
-            yield {"video": os.path.basename(path)[:-4], "captions": windows}
+            yield {"video": os.path.basename(path)[:-4], "captions": [
+                (float(row["start"]), float(row["end"]), row["text"]) for row in rows([path])]}
 
 
 def yttemporal(source):
     """The paper takes the first half of the shards; the windows of speech are cut once."""
-    for video in _rows(source.paths):
+    for video in rows(source.paths):
         clean = " ".join(span["cleanasr"] for span in video.get("denoised", ())).split()
         length = float(video["info"].get("duration") or "inf")
         yield {"video": video["info"]["id"],
@@ -1460,17 +1449,23 @@ def yttemporal(source):
 def speech_windows(subtitles, clean, duration):
     """[start, end, text]: 12.5 s (the release draws 10-15 s at each visit) and what is said in it.
     Denoised words have the times of the subtitles equal to them (the release: dynamic time
-    warping), and in between times in proportion."""
+    warping), in between times in proportion, and after the last the subtitles' mean pace."""
     spoken = sorted((float(word["time"]), word["word"]) for word in subtitles
                     if word["word"][:1] != "&" and word["word"][-1:] != ";")     # "&gt;&gt;"
-    seconds, words = zip(*spoken) if spoken else ([], [])
-    clean = clean if clean and spoken else words
+    if not spoken:
+        return []
+    seconds, words = zip(*spoken)
+    clean = clean or words
     bare = [[re.sub(r"\W", "", word).lower() for word in side] for side in (words, clean)]
-    known = [(b + i, seconds[a + i])                        # (number of a denoised word, its time)
-             for a, b, size in difflib.SequenceMatcher(None, *bare).get_matching_blocks()
-             for i in range(size)] or [(0, 0.0)]
+    known = {0: seconds[0]}                                 # number of a denoised word: its time
+    for a, b, size in difflib.SequenceMatcher(None, *bare).get_matching_blocks():
+        known |= zip(range(b, b + size), seconds[a:a + size])
+    last, pace = max(known), (seconds[-1] - seconds[0]) / max(len(words) - 1, 1)
+    after = known[last] + pace * (len(clean) - 1 - last)
+    known.setdefault(len(clean) - 1, min(max(after, seconds[-1]), duration))
     windows = []
-    for second, word in zip(np.interp(range(len(clean)), *zip(*known)).tolist(), clean):
+    times = np.interp(range(len(clean)), list(known), list(known.values()))
+    for second, word in zip(times.tolist(), clean):
         if not windows or second >= windows[-1][0] + 12.5:
             windows.append([second, min(second + 12.5, duration), word])
         else:
@@ -1480,7 +1475,7 @@ def speech_windows(subtitles, clean, duration):
 
 def coco(source):
     """An image has all its captions. Karpathy's restval is train."""
-    for data in _rows(source.paths):
+    for data in rows(source.paths):
         texts = collections.defaultdict(list)
         for note in data.get("annotations", ()):            # COCO's own files
             texts[note["image_id"]].append(note["caption"])
@@ -1499,7 +1494,7 @@ def msrvtt(source, protocol):
         yield from one_a_row(source)
         return
     captions = {"train": {}, "val": {}, "test": {}}         # to video6512, video7009, video9999
-    for data in _rows(source.find(MSRVTT)):
+    for data in rows(source.find(MSRVTT)):
         for note in data["sentences"] if "sentences" in data else data["annotations"]:
             video = note.get("video_id") or note["image_id"]
             number = int(video.removeprefix("video"))
@@ -1517,13 +1512,13 @@ def msrvtt(source, protocol):
     pool = captions["train"] | captions["val"]
     if protocol == "7k" and (listed := source.find(f"{source.split}_list_miech.txt")):
         every = pool | captions["test"]
-        texts = {video: every[video] for video in _rows(listed)}
+        texts = {video: every[video] for video in rows(listed)}
     elif protocol != "full":
         if not (table := source.find("MSRVTT_JSFUSION_test.csv")):
             raise DataError("MSR-VTT 9K and 7K need MSRVTT_JSFUSION_test.csv, the test captions "
                             f"of 1k-A; put it beside {source.paths[0]}")
         pool |= captions["test"] if protocol == "9k" else {}
-        test = {row["video_id"]: [row["sentence"]] for row in _rows(table)}
+        test = {row["video_id"]: [row["sentence"]] for row in rows(table)}
         texts = test if source.split == "test" else {
             video: pool[video] for video in pool if video not in test}
     yield from ({"video": video, "texts": texts[video]} for video in texts)
@@ -1531,9 +1526,8 @@ def msrvtt(source, protocol):
 
 def open_qa(source, prefix):
     """Videos are numbers or names. "kind" is the question's first word."""
-    mapping = [line.split() for line in _rows(source.find("*youtube_mapping.txt"))]
-    names = {key: name for name, key in mapping}            # MSVD's
-    for row in _rows(source.paths):
+    names = {key: name for name, key in map(str.split, rows(source.find("*youtube_mapping.txt")))}
+    for row in rows(source.paths):
         video = str(row["video_id"])
         video = prefix + video if video.isdigit() else video
         yield {"video": [names.get(video, video), video], "question": row["question"],
@@ -1544,11 +1538,11 @@ def msvd(source):
     """A clip and a caption a line. Splits: {train,val,test}_list.txt, or vid1 to 1200, to 1300 and
     to 1970 of youtube_mapping.txt."""
     numbers = {"train": range(1, 1201), "val": range(1201, 1301), "test": range(1301, 1971)}
-    mapping = (line.split() for line in _rows(source.find("*youtube_mapping.txt")))
-    wanted = list(_rows(source.find(f"{source.split}_list.txt"))) or [
+    mapping = map(str.split, rows(source.find("*youtube_mapping.txt")))
+    wanted = list(rows(source.find(f"{source.split}_list.txt"))) or [
         name for name, key in mapping if int(key.removeprefix("vid")) in numbers[source.split]]
     texts = collections.defaultdict(list)
-    for line in _rows(source.paths):
+    for line in rows(source.paths):
         video, _, text = line.partition(" ")
         texts[video].append(text)
     yield from ({"video": video, "texts": texts[video]} for video in wanted)
@@ -1558,7 +1552,7 @@ def paragraphs(source):
     """All descriptions of a video, in the order of the file, are one text; times are not used.
     ActivityNet's val_2 tells of the videos of val_1 again. Files may lack the "v_" of its ids."""
     texts = collections.defaultdict(list)
-    for row in _rows(source.paths):
+    for row in rows(source.paths):
         if video := row.get("video") or row.get("clip_name"):
             texts[video].append(row.get("caption") or row.get("text") or row["description"])
         else:                                               # ActivityNet's own file
@@ -1570,9 +1564,10 @@ def paragraphs(source):
 
 def vcr(source, rationale):
     """A list [i, j] among the words becomes "person 0 person 1", numbered by first mention in
-    question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]) are of the .json beside the
-    image. QA→R's question ends in the right answer. Line n of both manifests is one question."""
-    for row in _rows(source.paths):
+    question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]), from the .json beside the
+    image, are of those that the sample's own words mention. QA→R's question ends in the right
+    answer. Line n of both manifests is one question."""
+    for row in rows(source.paths):
         number = {}                                         # an object's index: its own number
 
         def words(tokens):
@@ -1580,18 +1575,20 @@ def vcr(source, rationale):
                 f"{row['objects'][i]} {number.setdefault(i, len(number))}" for i in token)
                 for token in tokens)
 
-        question = words(row["question"])
-        answers = [words(tokens) for tokens in row["answer_choices"]]
-        reasons = [words(tokens) for tokens in row["rationale_choices"]]
-        sample = {"video": row["img_fn"], "question": question, "options": answers,
-                  "answer": row["answer_label"], "kind": "Q→A"}
+        question, label = row["question"], row["answer_label"]
+        for tokens in (question, *row["answer_choices"], *row["rationale_choices"]):
+            words(tokens)                                   # numbers all, alike for both manifests
+        options, kind = row["answer_choices"], "Q→A"
         if rationale:
-            sample.update(question=f"{question} {answers[row['answer_label']]}", options=reasons,
-                          answer=row["rationale_label"], kind="QA→R")
-        if number and (image := source.clip(row["img_fn"])):
+            question, options = question + options[label], row["rationale_choices"]
+            label, kind = row["rationale_label"], "QA→R"
+        sample = {"video": row["img_fn"], "question": words(question), "kind": kind,
+                  "options": [words(tokens) for tokens in options], "answer": label}
+        mentioned = set().union(*(t for t in sum(options, question) if isinstance(t, list)))
+        if mentioned and (image := source.clip(row["img_fn"])):
             notes = os.path.join(os.path.dirname(image), os.path.basename(row["metadata_fn"]))
-            boxes = next(_rows([notes]))["boxes"]
-            sample["boxes"] = [[k, *boxes[i][:4]] for i, k in number.items()]
+            boxes = next(rows([notes]))["boxes"]
+            sample["boxes"] = [[k, *boxes[i][:4]] for i, k in number.items() if i in mentioned]
         yield sample
 
 
@@ -1599,7 +1596,7 @@ def hmdb51(source):
     """"<clip>.avi 1" trains, 2 tests, 0 does neither. As the release, the first of three splits."""
     for path in source.paths:
         label = os.path.basename(path).removesuffix("_test_split1.txt")
-        for clip, use in (line.rsplit(maxsplit=1) for line in _rows([path])):
+        for clip, use in (line.rsplit(maxsplit=1) for line in rows([path])):
             if use == {"train": "1", "test": "2"}[source.split]:
                 yield {"video": f"{label}/{clip}", "answer": label.replace("_", " ")}
 
@@ -1607,7 +1604,7 @@ def hmdb51(source):
 def ego4d_mc(source):
     """Cells are Python lists: question [video, frame, ..., text], answers [[..., text], ...]. As in
     the release a clip is the 120 frames (at 30 a second) about the narrated one."""
-    for row in _rows(source.paths):
+    for row in rows(source.paths):
         video, frame, *_, text = ast.literal_eval(row["question"])
         options = [answer[-1] for answer in ast.literal_eval(row["answers"])]
         yield {"video": video, "start": max(frame / 30 - 2, 0), "end": frame / 30 + 2,
@@ -1621,6 +1618,8 @@ VCR = "Tab. 5: visualcommonsense.com, with vcr1images; test hides its answers"
 # name: reader; splits ("test=val": our test is their val); names of the annotation files (SPLIT in
 # any spelling; of forms between " | " the first at hand); answers that answers.json keeps; from
 DATASETS = {
+    "own": (own, "train", "*.csv | *.tsv | *.txt | *.json", 0,
+            "your own table or folder of captioned clips"),
     "webvid": (one_a_row, "train val", "results_*_SPLIT.csv | webvid_SPLIT_*.tsv", 0,
                "Sec. 4.1.2, pre-training: m-bain.github.io/webvid-dataset, withdrawn in 2024"),
     "howto100m": (howto100m, "train", "???????????.csv | caption.json | raw_caption*.json", 0,
@@ -1668,41 +1667,13 @@ DATASETS = {
                "Tab. 12: testTrainMulti_7030_splits, serre-lab.clps.brown.edu"),
     "ego4d_mc": (ego4d_mc, "test", "mc_val.csv", 0,
                  "Tab. 13, zero-shot: the authors' file (the training questions are not public)")}
-SPELT = {"train": "train(ing)?", "val": "val(id|idate|idation)?"}
-MEDIA = ".mp4 .mkv .webm .avi .mov .m4v .mpg .3gp .flv .gif .jpg .jpeg .png .webp".split()
 
 
-def _stem(name):
-    """A file's name without media extensions; the dots in the times of an LSMDC clip stay."""
-    stem, extension = os.path.splitext(os.path.basename(name))
-    return _stem(stem) if extension.lower() in MEDIA else stem + extension   # DiDeMo: x.mov.mp4
-
-
-def _walk(root):
-    """{name without extension: path} of all below root, in one go: to ask the disk for millions of
-    clips one by one would take hours. A later clip of the same name goes by "folder/name"."""
-    paths, rank = {}, {extension: i for i, extension in enumerate(MEDIA)}    # the first is taken
-    for folder, folders, files in os.walk(root, followlinks=True):
-        for name in sorted(folders + files, key=lambda name: (
-                rank.get(os.path.splitext(name)[1].lower(), len(rank)), name)):
-            path, stem = os.path.join(folder, name), _stem(name)
-            if os.path.dirname(paths.setdefault(stem, path)) != folder:
-                paths.setdefault(f"{os.path.basename(folder)}/{stem}", path)
-    return paths
-
-
-def _tidy(value):
-    """Texts on one line and without doubled spaces, also in lists."""
-    if isinstance(value, str):
-        return " ".join(value.split())
-    return [_tidy(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _samples(reader, source, expected):
+def published(reader, source, expected):
     """A reader's samples, tidy; DataError if a file is not as published."""
     try:
         for sample in reader(source):
-            sample = {key: _tidy(value) for key, value in sample.items()}
+            sample = {key: tidy(value) for key, value in sample.items() if key != "where"}
             for key, says in (("texts", bool), ("captions", lambda c: c[2] and c[1] > c[0])):
                 if key in sample:
                     sample[key] = list(filter(says, sample[key]))
@@ -1716,77 +1687,58 @@ def _samples(reader, source, expected):
 
 def convert(name, annotations, videos, out):
     """Writes OUT/{train,val,test}.jsonl, and OUT/answers.json, of data set `name`.
-
     annotations: files, or folders that hold them, as published. videos: the folder of the clips,
     at any depth. Clips that are not there and samples without text are left out, counted and
     named: half a download is half a manifest. answers.json: the commonest training answers first
     (Sec. 4.2.1), ties by first appearance, of the whole annotation whatever the download holds.
-    """
+    DataError if nothing is left or a file is not as published; OUT is then as it was."""
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
-    reader, splits, names, keep, about = DATASETS[name]
-    expected = _tidy(f"{names} ({about}). {getattr(reader, 'func', reader).__doc__}")
-    for path in [*annotations, videos]:
-        if not os.path.exists(path):
-            raise DataError(f"{path}: no such file or folder")
-    out = os.path.realpath(out)                    # the manifests' "../" count from where it lies
-    files = sorted({os.path.abspath(file) for path in map(Path, annotations)
-                    for file in (path.rglob("*") if path.is_dir() else [path])})
-    for file in files:                             # VCR's own file is train.jsonl, for instance
+    reader, splits, forms, keep, about = DATASETS[name]
+    expected = tidy(f"{forms} ({about}). {getattr(reader, 'func', reader).__doc__}")
+    source, out = Release(annotations, videos), os.path.realpath(out)
+    reports, answers = [], collections.Counter()
+    for file in source.files:                      # VCR's own file is train.jsonl, for instance
         if os.path.realpath(os.path.dirname(file)) == out:
             raise DataError(f"{file} lies in --out, where it might be read or replaced as a "
                             "manifest; choose a folder outside of --annotations")
-    paths, answers, reports, written = _walk(videos), collections.Counter(), [], {}
-
-    def find(forms, theirs=""):
-        for form in forms.split(" | "):
-            pattern = fnmatch.translate(form).replace("SPLIT", SPELT.get(theirs, theirs))
-            if found := [f for f in files if re.match(pattern, os.path.basename(f), re.I)]:
-                return found
-        return []
-
-    def clip(*names):
-        keys = (key for name in names for key in (
-            f"{os.path.basename(os.path.dirname(name))}/{_stem(name)}", _stem(name)))
-        return next((paths[key] for key in keys if key in paths), None)
-
     os.makedirs(out, exist_ok=True)
-    for split in splits.split():
-        split, _, theirs = split.partition("=")
-        source = Source(find(names, theirs or split), split, find, clip)
-        target = os.path.join(out, f"{split}.jsonl")
-        missing, clips, samples, empty = collections.Counter(), set(), 0, 0
-        with open(f"{target}.part", "w", encoding="utf-8") as file:
-            for sample in _samples(reader, source, expected) if source.paths else ():
-                if split == "train" and keep:
-                    answers[sample["answer"]] += 1
-                video = sample["video"]
-                video = [video] if isinstance(video, str) else video
-                path = clip(*video)
-                if path is None:
-                    missing[video[0]] += 1
-                elif any(value in ("", []) for value in sample.values()):
-                    empty += 1
-                else:
-                    sample["video"] = os.path.relpath(path, out)
-                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-                    clips.add(path)
-                    samples += 1
-        named = f" (such as {', '.join(list(missing)[:3])})" if missing else ""
-        reports.append(
-            f"{split}: {samples:,} samples of {len(clips):,} clips; left out {missing.total():,} "
-            f"samples of {len(missing):,} clips that are not under {videos}{named} and {empty:,} "
-            "without text" if source.paths else f"{split}: no annotation file is named {names}")
-        print(reports[-1])
-        written[target] = samples
-    if not any(written.values()):
-        raise DataError(f"{name}: nothing to write. {'; '.join(reports)}; expected: {expected}")
-    if answers:
-        written[os.path.join(out, "answers.json")] = len(answers)
-        with open(os.path.join(out, "answers.json.part"), "w", encoding="utf-8") as file:
-            json.dump([a for a, _ in answers.most_common(keep)], file, ensure_ascii=False)
-    for target, samples in written.items():        # a name stands for a whole file, not empty
-        os.replace(f"{target}.part", target) if samples else os.remove(f"{target}.part")
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=out) as beside:     # all or none
+        for split in splits.split():
+            split, _, theirs = split.partition("=")
+            source.split, source.paths = split, source.find(forms, theirs or split)
+            if not source.paths:
+                reports.append(f"{split}: no annotation file is named {forms}")
+                print(reports[-1])
+                continue
+            kept, empty, missing = collections.Counter(), 0, collections.Counter()
+            with open(f"{beside}/{split}.jsonl", "w", encoding="utf-8") as file:
+                for sample in published(reader, source, expected):
+                    if split == "train" and keep:
+                        answers[sample["answer"]] += 1
+                    names = [sample["video"]] if type(sample["video"]) is str else sample["video"]
+                    if not (path := source.clip(*names)):
+                        missing[names[0]] += 1
+                    elif any(value in ("", []) for value in sample.values()):
+                        empty += 1
+                    else:
+                        sample["video"] = os.path.relpath(path, out)
+                        file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                        kept[path] += 1
+            if not kept:
+                os.remove(file.name)
+            named = f" (such as {', '.join(list(missing)[:3])})" if missing else ""
+            reports.append(f"{split}: {kept.total():,} samples of {len(kept):,} clips; left out "
+                           f"{missing.total():,} samples of {len(missing):,} clips that are not "
+                           f"under {videos}{named} and {empty:,} without text")
+            print(reports[-1])
+        if not os.listdir(beside):
+            raise DataError(f"{name}: nothing to write. {'; '.join(reports)}; expected: {expected}")
+        if answers:
+            listed = [answer for answer, _ in answers.most_common(keep)]
+            Path(beside, "answers.json").write_text(json.dumps(listed, ensure_ascii=False), "utf-8")
+        for file in os.listdir(beside):
+            os.replace(f"{beside}/{file}", f"{out}/{file}")
 
 
 # ==== Command line ================================================================================

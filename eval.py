@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allinone import (VARIANTS, AllInOne, Config, Temporal, load_release, load_weights,
                       read_weights, token_rolling, word_patch_transport)
-from data import (CLIPS, IMAGES, Clips, DataError, Manifest, Tokenizer, collate, duration, load)
+from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, load)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
@@ -780,7 +780,7 @@ def video_manifest(config: EvalConfig, **fields) -> str:
         else:
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             samples = [{"video": str(file.absolute())} for file in files
-                       if file == path or file.suffix.lower() in IMAGES.union(CLIPS)]
+                       if file == path or file.suffix.lower() in MEDIA]
         for sample in samples:
             length = duration(sample["video"]) if config.window else 0.0
             starts = [k * config.window for k in range(int(length // (config.window or 1)) + 1)]
@@ -940,6 +940,8 @@ def save_picture(path: Path, rows: list[tuple[str, list[Tensor]]], side: int = 1
 
 def save_curves(path: Path, lines: list[dict], size: tuple[int, int] = (640, 360)) -> None:
     """A PNG of a log's losses and accuracies against steps, each scaled to its own greatest."""
+    if not lines:
+        return
     sheet = Image.new("RGB", size, "white")
     draw, colours = ImageDraw.Draw(sheet), ("red", "blue", "green", "orange", "purple", "black")
     names = [name for name in lines[-1]

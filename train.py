@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -39,8 +40,8 @@ from allinone import (VARIANTS, AllInOne, Config, load_vit, mlm_loss, read_weigh
 from data import (Batches, Clips, DataError, Manifest, Tokenizer, answers_of, collate, load, mix,
                   texts_of, toy)
 from eval import (SCORES, EvalConfig, add_flags, checkpoint_model, cls_features, count_right,
-                  evaluate, given_flags, joined_processes, report, score_options,
-                  score_pretraining)
+                  evaluate, given_flags, joined_processes, report, save_curves, save_picture,
+                  score_options, score_pretraining)
 
 
 @dataclass(frozen=True)
@@ -387,9 +388,11 @@ class Run:
                 break
             except ValueError as error:
                 self.say(f"{error}; trying the checkpoint before it")
+                path.replace(path.with_suffix(".damaged"))
         if present and self.content is None:
-            raise DataError(f"no checkpoint in {self.folder} can be read: choose another --out, or "
-                            "--no-resume to set them aside and begin anew")
+            raise DataError(f"no checkpoint in {self.folder} can be read, they are set aside as "
+                            "*.damaged: choose another --out, or give the command again to begin "
+                            "anew")
         if present and "config" not in self.content:
             raise DataError(f"{present[0]} is no checkpoint of train.py: choose another --out")
 
@@ -461,6 +464,8 @@ class Run:
             if name == "checkpoint.pt" and path.exists():
                 path.replace(before)
             beside.replace(path)
+            lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
+            save_curves(self.folder / "curve.png", [line for line in lines if "lr" in line])
         except (OSError, RuntimeError) as error:
             beside.unlink(missing_ok=True)
             raise OSError(f"{path}: cannot save ({error}){self.last_good()}") from error
@@ -670,6 +675,20 @@ def validation(config: TrainConfig, model: AllInOne, tokenizer: Tokenizer, answe
     return scorings
 
 
+def one_ahead(passes):
+    """The same passes, each put together (and pinned) while the one before it is trained on."""
+    def following():
+        batch = next(passes, None)
+        return batch and {k: v.pin_memory() if isinstance(v, Tensor) and torch.cuda.is_available()
+                          else v for k, v in batch.items()}
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(following)
+        while batch := coming.result():
+            coming = thread.submit(following)
+            yield batch
+
+
 # ---- The loop -----------------------------------------------------------------------------------
 
 class Trainer:
@@ -745,8 +764,9 @@ class Trainer:
                     for key in keys)
         # VTM pairs are drawn within 8 (4, 2) neighbours: as many as make up a pass of any layout
         group = math.gcd(self.size, 8) if self.size % 2 == 0 else self.size
-        return load(self.clips, keys, functools.partial(collate, clips=self.clips, group=group),
-                    self.config.workers, self.config.timeout)
+        passes = load(self.clips, keys, functools.partial(collate, clips=self.clips, group=group),
+                      self.config.workers, self.config.timeout)
+        return one_ahead(passes) if self.config.workers else passes
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
@@ -757,6 +777,8 @@ class Trainer:
         for step in range(run.state["step"], steps):                   # where are we
             lr = self.set_lr(step)                                     # the learning rate
             micros = run.next_passes(passes, self.passes)              # which batch
+            if step == 0:
+                self.show(micros[0])
             sums = self.gradients(micros, step)                        # which losses
             parts, norm, stop, failures = self.agree(sums, micros)     # over all processes
             self.check_finite(parts, norm, step, micros)
@@ -772,6 +794,21 @@ class Trainer:
                 return
         signal.signal(signal.SIGTERM, signal.SIG_DFL)                  # all is saved: stop at once
         self.validate()
+
+    def show(self, batch: dict) -> None:
+        """samples.png, what the model is fed: frames, text and masked text, matched or not."""
+        if "video" not in batch or not self.run.first:
+            return
+        texts, rows = batch["text_ids"].flatten(0, -2), []
+        source = batch.get("vtm_source", torch.arange(len(batch["video"])))
+        for i, s in enumerate(source[:8].tolist()):
+            words = [texts[i * (len(texts) // len(source))],           # the first of its options
+                     *batch.get("mlm_ids", texts[:0])[i:i + 1]]
+            said = " / ".join(" ".join(self.tokenizer.words.id_to_token(w) for w in ids.tolist()
+                                       if w != self.tokenizer.pad_id) for ids in words)
+            matched = "matched" if s == i else "not matched"
+            rows.append((f"{matched}: {said}", list(batch["video"][s])))
+        save_picture(self.run.folder / "samples.png", rows)
 
     def set_lr(self, step: int) -> float:
         lr = lr_at(step, self.steps, self.config.lr, self.config.warmup)
