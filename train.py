@@ -908,10 +908,11 @@ class Trainer:
         """Training stops where more than 1 clip in 10 cannot be read, once 100 were tried."""
         if failures:
             self.run.note(unreadable=failures)
+            self.lost = failures
         read, failed = (sum(counts) for counts in zip(*self.run.state["sets"]))
         if read + failed >= 100 and failed > (read + failed) / 10:
-            raise ValueError(f"{failed} of {read + failed} clips cannot be read, above 1 in 10; "
-                             "see \"unreadable\" in the log, the last: " + "; ".join(failures[-3:]))
+            raise ValueError(f"{failed} of {read + failed} clips cannot be read, above 1 in 10; the "
+                             f"log names them, the last: {'; '.join(self.lost[-3:])}")
 
     def validate(self) -> None:
         """Scores --val; the best so far is kept where --val_every asks for choosing."""
