@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allinone import (VARIANTS, AllInOne, Config, Temporal, load_release, load_weights,
                       read_weights, token_rolling, word_patch_transport)
-from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, load)
+from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, load, pad)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
@@ -505,7 +505,7 @@ def cls_features(model: AllInOne, clips: Clips, path: Path, config, device, say)
 
 # ---- Retrieval (Sec. 4.2.2, Tab. 3, Tab. 7) -----------------------------------------------------
 
-BLOCK = 4096                      # candidates and queries whose cosines are in memory at once
+BLOCK = 4096                      # BLOCK^2 scores are in memory at once
 
 
 @dataclass
@@ -514,12 +514,25 @@ class Side:
     names: list                   # file:line of each clip, file:line#k of its k-th caption
     clip: Tensor                  # (G,) which clip each is or belongs to
     features: Tensor              # (G, E), normalised
+    joint: tuple | None = None    # what is re-ranked: (query, candidate, score), each (P,)
 
-    def cosines(self, rows: slice, gallery: Side) -> Tensor:
-        """(rows, gallery): products in float64, rounded: ties stay ties in blocks of any size."""
+    def blocks(self, gallery: Side) -> list[slice]:
+        """The queries in parts whose scores fit into memory."""
+        size = max(1, BLOCK ** 2 // len(gallery.names))
+        return [slice(begin, begin + size) for begin in range(0, len(self.names), size)]
+
+    def scores(self, rows: slice, gallery: Side) -> Tensor:
+        """(rows, gallery): cosines, products in float64 and rounded, so that ties stay ties in
+        blocks of any size; of re-ranked pairs the joint score, above every cosine."""
         queries = self.features[rows].double()
-        return torch.cat([(queries @ part.double().T).float()
-                          for part in gallery.features.split(BLOCK)], 1)
+        scores = torch.cat([(queries @ part.double().T).float()
+                            for part in gallery.features.split(BLOCK)], 1)
+        if self.joint:
+            query, candidate, score = self.joint
+            here = (query >= rows.start) & (query < rows.stop)
+            scores = scores.double()                       # float32 would lose digits of the joint
+            scores[query[here] - rows.start, candidate[here]] = score[here]
+        return scores
 
 
 def both_ways(texts: Side, videos: Side) -> list[tuple[str, Side, Side]]:
@@ -556,23 +569,20 @@ def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: t
     texts = Side([f"{row[1]}#{k}" for row in rows for k in range(len(row[4]))],
                  torch.tensor([v for v, row in enumerate(rows) for _ in row[4]]),
                  torch.cat([row[3] for row in rows])[once])
-    joint = rerank(model, clips, config, device, unreadable, rows, ids, once, texts,
-                   videos) if config.rerank else None
+    if config.rerank:
+        rerank(model, clips, config, device, unreadable, rows, torch.tensor(once), texts, videos)
     predictions = []
     for kind, asked, gallery in both_ways(texts, videos):
         mine = []
-        blocks = range(0, len(asked.names), BLOCK)
-        for begin in blocks[dist.get_rank()::dist.get_world_size()]:
-            part = slice(begin, begin + BLOCK)
-            scores = asked.cosines(part, gallery)                        # (block, G)
-            if joint:
-                scores = joint.order(scores, begin, kind)
-            own = asked.clip[part, None] == gallery.clip
-            for q, (best, above, wrong, true) in enumerate(zip(
-                    scores.argmax(1).tolist(), *(n.tolist() for n in places(scores, own)))):
+        for part in asked.blocks(gallery)[dist.get_rank()::dist.get_world_size()]:
+            scores = asked.scores(part, gallery)                         # (block, G)
+            found = places(scores, asked.clip[part, None] == gallery.clip)
+            for q, best, above, wrong, true in zip(
+                    range(part.start, part.stop), scores.argmax(1).tolist(),
+                    *(n.tolist() for n in found)):
                 recalls = {f"R@{k} %": 100 * recall(k, above, wrong, true) for k in (1, 5, 10)}
-                mine.append((begin + q, {
-                    "where": asked.names[begin + q], "kind": kind, "best": gallery.names[best],
+                mine.append((q, {
+                    "where": asked.names[q], "kind": kind, "best": gallery.names[best],
                     "metrics": recalls | {"rank": above + (wrong + true + 1) / (true + 1)}}))
         predictions += [p for _, p in sorted(in_all_processes(mine), key=lambda row: row[0])]
     return predictions
@@ -597,68 +607,47 @@ def recall(k: int, above: int, wrong: int, right: int) -> float:
     return 1 - math.comb(wrong, drawn) / math.comb(wrong + right, drawn)
 
 
-@dataclass
-class Joint:
-    """VTM's matched logit of the pairs that are re-ranked, by direction."""
-    pairs: dict                   # {direction: (P, 2) query and candidate}
-    scores: dict                  # {direction: (P,) matched logit, float64}
-    lowest: float
-
-    def order(self, cosines: Tensor, begin: int, kind: str) -> Tensor:
-        """A block of scores in which the pairs have their logit, raised above every cosine."""
-        query, candidate = self.pairs[kind].unbind(1)
-        here = (query >= begin) & (query < begin + len(cosines))
-        scores = cosines.double()                          # float32 would lose digits by the + 2
-        scores[query[here] - begin, candidate[here]] = self.scores[kind][here] - self.lowest + 2
-        return scores
-
-
 def rerank(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
-           unreadable: list, rows: list, ids: list, once: list, texts: Side, videos: Side) -> Joint:
-    """The best config.rerank candidates of each query, scored by VTM's matched logit.
+           unreadable: list, rows: list, once: Tensor, texts: Side, videos: Side) -> None:
+    """Sets `joint` of both sides: VTM's matched logit of the best config.rerank of each query.
 
     once: for each caption the first one of the same words, which alone is scored. Whoever is not
     among the best keeps its cosine; whoever ties with the last of the best is among them.
     """
-    once, pairs = torch.tensor(once), {}
-    for kind, asked, gallery in both_ways(texts, videos):
+    N, ids, pairs = len(rows), [words for row in rows for words in row[4]], []
+    for _, asked, gallery in both_ways(texts, videos):
         chosen = []
-        for begin in range(0, len(asked.names), BLOCK):
-            cosines = asked.cosines(slice(begin, begin + BLOCK), gallery)
-            last = cosines.topk(min(config.rerank, cosines.shape[1]), 1).values[:, -1:]
-            chosen.append((cosines >= last).nonzero() + torch.tensor([begin, 0]))
-        pairs[kind] = torch.cat(chosen)
-    N = len(rows)
-    numbers = {kind: once[pair[:, side]] * N + pair[:, 1 - side] for side, (kind, pair) in
-               enumerate(pairs.items())}
-    wanted = torch.cat(list(numbers.values())).unique()        # caption * N + clip, in order
-    place = {row[0]: v for v, row in enumerate(rows)}
-    found = []
+        for part in asked.blocks(gallery):
+            scores = asked.scores(part, gallery)
+            last = scores.topk(min(config.rerank, scores.shape[1]), 1).values[:, -1:]
+            chosen.append((scores >= last).nonzero() + torch.tensor([part.start, 0]))
+        pairs.append(torch.cat(chosen))
+    numbers = [once[pair[:, side]] * N + pair[:, 1 - side] for side, pair in enumerate(pairs)]
+    wanted = torch.cat(numbers).unique()                       # caption * N + clip, in order
+    place, found = {row[0]: v for v, row in enumerate(rows)}, []
     for items, views in read(model, clips, config, device, unreadable):
         for b, index in enumerate(items["index"].tolist()):
             captions = wanted[wanted % N == place[index]] // N
             for part in captions.split(8 * config.batch):
-                length = max(len(ids[t]) for t in part)
-                padded = torch.tensor([[*ids[t], *[0] * (length - len(ids[t]))] for t in part])
-                mask = torch.arange(length) < torch.tensor([len(ids[t]) for t in part])[:, None]
-                logits = 0
+                lengths = torch.tensor([len(ids[t]) for t in part])
+                words = pad([list(ids[t]) for t in part], int(lengths.max()), 0).to(device)
+                mask = (torch.arange(words.shape[1]) < lengths[:, None]).to(device)
+                logits = torch.zeros(len(part))
                 for view in views:
                     with half_precision(device):
-                        video = model.embed_video(view["video"][b:b + 1]).expand(
-                            len(part), -1, -1, -1)
-                        text = model.embed_text(padded.to(device))
-                        pooled = model.fuse(video, text, mask.to(device)).pooled
-                        logits += model.vtm_head(pooled)[:, 1].cpu() / len(views)
+                        video = model.embed_video(view["video"][b:b + 1])
+                        pooled = model.fuse(video.expand(len(part), -1, -1, -1),
+                                            model.embed_text(words), mask).pooled
+                    logits += model.vtm_head(pooled)[:, 1].cpu() / len(views)
                 check_scores(logits, [items["where"][b]] * len(part))
                 found.append((part * N + place[index], logits.double()))
-    numbers_found, logits = (torch.cat(side) for side in zip(*in_all_processes(found)))
-    order = numbers_found.argsort()
-    numbers_found, logits = numbers_found[order], logits[order]
-    for kind, number in numbers.items():                       # but for clips unreadable this time
-        at = torch.searchsorted(numbers_found, number).clamp(max=len(numbers_found) - 1)
-        there = numbers_found[at] == number
-        pairs[kind], numbers[kind] = pairs[kind][there], logits[at[there]]
-    return Joint(pairs, numbers, float(logits.min()))
+    scored, logits = (torch.cat(side) for side in zip(*in_all_processes(found)))
+    order = scored.argsort()
+    scored, logits = scored[order], logits[order] - logits.min() + 2
+    for side, pair, number in zip((texts, videos), pairs, numbers):
+        at = torch.searchsorted(scored, number).clamp(max=len(scored) - 1)
+        there = scored[at] == number                           # but for clips unreadable this time
+        side.joint = (*pair[there].unbind(1), logits[at[there]])
 
 
 # ---- On any video: fill, match, ask, explain, attention, search (Sec. 4.6, Fig. 4, 6, 11) --------
