@@ -1,8 +1,7 @@
 """All in One: one transformer for raw video patches and words, in one file (CVPR 2023).
 
-Needs torch and the standard library only: copying this file is the whole installation. Order, the
-paper's: sizes (Tab. 1), the model (Eq. 1, Eq. 2, consensus), its block, heads, token rolling
-(Sec. 3.2), objectives (Sec. 3.3); then what is not in the main text.
+Needs torch and the standard library only: copying this file is the whole installation. It follows
+the paper: sizes, Eq. 1, Eq. 2, consensus, block, heads, rolling (Sec. 3.2), objectives (Sec. 3.3).
 
     model = AllInOne(Config())                                 # All-in-one-B, randomly initialised
     features = model(video, text_ids, text_mask)               # Features, below
@@ -22,6 +21,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -41,17 +41,12 @@ VARIANTS = {  # Tab. 1; L is named in App. A, its sizes are ViT-L's; nano is our
 
 Temporal = Literal["token_rolling", "time_average", "channel_shift", "flatten",     # Tab. 8a
                    "timesformer", "decoupled"]                                      # Tab. 9
-Roll = Literal["paper", "release"]
 Select = Literal["block", "random", "varying"]                                      # Tab. 11b
-Answer = Literal["paper", "release", "linear"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that shapes the model; the defaults are All-in-one-B (Tab. 1).
-
-    Raises ValueError for words that a field cannot say and sizes that cannot be.
-    """
+    """What shapes the model, by default All-in-one-B (Tab. 1). ValueError for what cannot be."""
 
     width: int = 768                 # D, Tab. 1
     depth: int = 12                  # L, Tab. 1
@@ -62,7 +57,7 @@ class Config:
     vocab_size: int = 30522          # |V| of bert-base-uncased, Sec. 4.1.1
     max_text_len: int = 40           # m at most; release (80 for DiDeMo's paragraphs)
     temporal: Temporal = "token_rolling"  # how frames see each other, Tab. 8a and Tab. 9
-    roll: Roll = "paper"             # the reading of Sec. 3.2: see token_rolling
+    roll: Literal["paper", "release"] = "paper"  # the reading of Sec. 3.2: see token_rolling
     roll_ratio: float = 0.25         # share of the patches that roll, Tab. 8b
     roll_start: int = 1              # first block that rolls, counted from 1; Tab. 11a
     roll_select: Select = "block"    # which patches roll, Tab. 11b
@@ -74,7 +69,7 @@ class Config:
     distilled: bool = False          # a second token beside cls, as in distilled DeiT (release: S)
     vtc_dim: int = 512               # width of the shared space of VTC; release
     answers: int = 0                 # classes of the answer head (Sec. 4.2.1, Tab. 12); 0: no head
-    answer_head: Answer = "paper"    # see answer_head; "linear" is the probe's
+    answer_head: Literal["paper", "release", "linear"] = "paper"  # linear: the probe's
     dropout: float = 0.1             # release
     drop_path: float = 0.1           # at the last block, rising linearly from 0; release
     init_std: float = 0.02           # of random weights; ViT's, BERT's and the release's
@@ -86,18 +81,18 @@ class Config:
                 raise ValueError(f"{field} is {value!r}; it can be {', '.join(map(repr, words))}")
             if hint is int and value < (field != "answers"):
                 raise ValueError(f"{field} is {value}; it must be 1 or more")
-        for holds, rule in (
-                (self.width % self.heads == 0, "width must be divisible by heads"),
-                (self.image_size % self.patch_size == 0, "image_size ... by patch_size"),
-                (0 <= self.roll_ratio <= 1, "roll_ratio is a share of the patches, 0 to 1"),
-                (self.roll == "paper" or self.roll_select == "block",
+        for wrong, rule in (
+                (self.width % self.heads, "width must be divisible by heads"),
+                (self.image_size % self.patch_size, "image_size ... by patch_size"),
+                (not 0 <= self.roll_ratio <= 1, "roll_ratio is a share of the patches, 0 to 1"),
+                (self.roll != "paper" and self.roll_select != "block",
                  "only roll 'paper' has a roll_select other than 'block'")):
-            if not holds:
+            if wrong:
                 raise ValueError(f"{rule}; got {self}")
 
     @property
     def patches(self) -> int:
-        """n, the patches of one frame: 196 at 224 px (Sec. 4.1.1)."""
+        """n: 196 at 224 px (Sec. 4.1.1)."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -116,12 +111,12 @@ class AllInOne(nn.Module):
     """The All-in-one Transformer (Fig. 2): video and text through the same L blocks.
 
     Three passes: `forward` (joint), `encode_video` and `encode_text` (unimodal, Sec. 3.3 VTC).
-    Heads are plain attributes: vtm_head, mlm_head, text_proj, video_proj; answer_head where
-    config.answers says how many. Weights are named as in timm's ViT and in BERT.
+    Heads are attributes: vtm_head, mlm_head, text_proj, video_proj, and answer_head if the config
+    has answers. Weights are named as in timm's ViT and in BERT.
 
-    video: (B, S, 3, H, W), uint8 pixels (RGB; normalised here, on the device) or floats already
-        normalised. S = 1 is an image: nothing rolls, and no temporal position is added (release).
-        S can be less than config.frames; more only without temporal positions.
+    video: (B, S, 3, H, W), uint8 RGB, normalised here, or floats already normalised. S = 1 is an
+        image: nothing rolls, and no temporal position is added (release). S may be less than
+        config.frames; more only without temporal positions.
     text_ids: (B, m) int64, [CLS] first. text_mask: (B, m) bool, False at padding; None: no padding.
     """
 
@@ -136,7 +131,6 @@ class AllInOne(nn.Module):
 
         def table(wanted: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(*shape)) if wanted else None
-
         self.text_embeddings = nn.ModuleDict({
             "word_embeddings": nn.Embedding(c.vocab_size, D),               # T of Eq. 1
             "position_embeddings": nn.Embedding(c.max_text_len, D),         # T^pos
@@ -157,7 +151,6 @@ class AllInOne(nn.Module):
             Block(D, c.heads, c.dropout, c.drop_path * d / max(1, c.depth - 1))
             for d in range(c.depth))
         self.norm = nn.LayerNorm(D, eps=1e-6)
-
         self.pooler = ExactLinear(D, D)
         self.vtm_head = ExactLinear(D, 2)                                   # logit 1: matched
         # BERT's, not tied to word_embeddings (release). Give it masked positions only: |V| logits
@@ -170,13 +163,15 @@ class AllInOne(nn.Module):
         if c.answers:
             self.answer_head = answer_head(c.answer_head, D, c.answers)
 
-        self.register_buffer("mean", torch.tensor(self.MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1), persistent=False)
-        initialise(self)
+        for name, values in (("mean", self.MEAN), ("std", self.STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        for name, p in self.named_parameters():    # Tab. 6, first row; temporal positions stay 0
+            if p.ndim == 1:                                        # LayerNorm's weight, any bias
+                nn.init.constant_(p, float(name.endswith("weight")))
+            elif name != "temporal_embed":
+                nn.init.trunc_normal_(p, std=c.init_std)
         if c.temporal in ("timesformer", "decoupled"):             # they start as a no-op
             self.factorized = nn.ModuleList(FactorizedAttention(c) for _ in range(c.depth))
-
-    # ---- Eq. 1: tokens of each modality, in float32 whatever autocast says ----
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
         """t-hat of Eq. 1. (B, m) -> (B, m, D). LayerNorm and dropout before the type: release."""
@@ -192,8 +187,7 @@ class AllInOne(nn.Module):
     def embed_video(self, video: Tensor, patch_order: Tensor | None = None) -> Tensor:
         """v-hat of Eq. 1. (B, S, 3, H, W) -> (B, S, 1+n, D).
 
-        patch_order: (B*S, n), the raster patch that stands in each slot of each frame; rolling
-        moves slots. None: as the config says.
+        patch_order: (B*S, n), which raster patch stands in each slot; None: as the config says.
         """
         c, size = self.config, self.config.image_size
         if video.dim() != 5 or video.shape[2] != 3:
@@ -204,14 +198,14 @@ class AllInOne(nn.Module):
                              f"{(size, size)}: crop them, or build it with another image_size")
         B, S = video.shape[:2]
         if self.temporal_embed is not None and S > c.frames:
-            raise ValueError(f"the clip has {S} frames, the model has temporal positions for "
+            raise ValueError(f"the clip has {S} frames, the model temporal positions for "
                              f"{c.frames}: set --frames {S}, or --no-temporal_position")
         if video.dtype == torch.uint8:
             video = (video / 255 - self.mean) / self.std
         patches = self.patch_embed["proj"](video.flatten(0, 1))    # (B*S, D, H/P, W/P)
         patches = patches.flatten(2).transpose(1, 2).to(self.cls_token.dtype)       # (B*S, n, D)
         cls = self.cls_token
-        if self.dist_token is not None:
+        if c.distilled:
             cls = torch.cat([cls, self.dist_token], 1)
         if self.pos_embed is not None:
             cls = cls + self.pos_embed[:, :self.specials]
@@ -227,8 +221,6 @@ class AllInOne(nn.Module):
         tokens = torch.cat([cls.expand(B * S, -1, -1), patches], 1)
         tokens = self.drop(tokens).unflatten(0, (B, S))            # (B, S, 1+n, D)
         return tokens if self.type_embeddings is None else tokens + self.type_embeddings[1]
-
-    # ---- Eq. 2 ----
 
     def transform(self, z: Tensor, S: int, m: int, mask: Tensor | None) -> Tensor:
         """Eq. 2, d = 1..L, then the final LayerNorm. z: (rows, m + video tokens, D) in and out."""
@@ -250,34 +242,27 @@ class AllInOne(nn.Module):
                 z = block(z, mask)                                 # z^d = MLP(MSA(z^{d-1}))
         return self.norm(z)
 
-    # ---- The three passes; joint: consensus p = 1/S sum_i z_i^L ----
-
     def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None = None,
                 patch_order: Tensor | None = None) -> Features:
-        """Joint pass (Sec. 3.1). Shapes as in the class; returns Features."""
+        """Joint pass (Sec. 3.1). Shapes as in the class."""
         return self.fuse(self.embed_video(video, patch_order), self.embed_text(text_ids), text_mask)
 
     def fuse(self, video: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Features:
         """Joint pass over embeddings: video (B, S, 1+n, D), text (B, m, D) -> Features.
 
-        z^0 = [t-hat; v-hat] for each frame (Sec. 3.1); "flatten" has all frames in one row.
+        z^0 = [t-hat; v-hat] for each frame (Sec. 3.1); "flatten" has S = 1 row of all frames.
         """
-        S, m = video.shape[1], text.shape[1]
+        S, m, shape = video.shape[1], text.shape[1], video.shape
         if self.config.temporal == "flatten":
-            z = torch.cat([text, video.flatten(1, 2)], 1)          # (B, m+S(1+n), D)
-        else:
-            text = text[:, None].expand(-1, S, -1, -1)             # (B, S, m, D)
-            z = torch.cat([text, video], 2).flatten(0, 1)          # (B*S, m+1+n, D)
+            video = video.flatten(1, 2)[:, None]                   # (B, 1, S(1+n), D)
+        text = text[:, None].expand(-1, video.shape[1], -1, -1)    # (B, S, m, D)
+        z = torch.cat([text, video], 2).flatten(0, 1)              # (B*S, m+1+n, D)
         mask = None
         if text_mask is not None:                                  # every video token is visible
-            rows = text_mask.repeat_interleave(len(z) // len(text), 0)      # (rows, m)
+            rows = text_mask.repeat_interleave(video.shape[1], 0)  # (B*S, m)
             mask = F.pad(rows, (0, z.shape[1] - m), value=True)[:, None, None]
-        z = self.transform(z, S, m, mask)
-        if self.config.temporal == "flatten":
-            text, frames = z[:, :m], z[:, m:].unflatten(1, (S, -1))
-        else:
-            z = z.unflatten(0, (-1, S))                            # (B, S, m+1+n, D)
-            text, frames = z[:, :, :m].mean(1), z[:, :, m:]        # 1/S sum_i z_i^L
+        z = self.transform(z, S, m, mask).unflatten(0, video.shape[:2])     # (B, S, m+1+n, D)
+        text, frames = z[:, :, :m].mean(1), z[:, :, m:].reshape(shape)      # p = 1/S sum_i z_i^L
         return Features(text, frames.mean(1), torch.tanh(self.pooler(text[:, 0])), frames)
 
     def encode_video(self, video: Tensor, patch_order: Tensor | None = None) -> Tensor:
@@ -296,10 +281,7 @@ class AllInOne(nn.Module):
 # ---- The block (Eq. 2; ViT's, pre-norm with residuals, which the equation leaves out) ------------
 
 class Attention(nn.Module):
-    """MSA of Eq. 2. x: (R, T, D), any rows and tokens. Weights are named as in timm's ViT.
-
-    mask: bool, (R, 1, 1, T), False hides a key.
-    """
+    """MSA of Eq. 2. x: (R, T, D) in and out; mask: bool, (R, 1, 1, T), False hides a key."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -309,7 +291,6 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns (R, T, D)."""
         q, k, v = self.split(x)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.drop(self.proj(x.transpose(1, 2).flatten(2)))  # (R, T, D)
@@ -321,10 +302,8 @@ class Attention(nn.Module):
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """What each token (row) spends on each (column), heads averaged: (R, T, T). For Fig. 4."""
         q, k, _ = self.split(x).float()
-        scores = q @ k.mT / q.shape[-1] ** 0.5                     # (R, heads, T, T)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(-1).mean(1)
+        one = torch.eye(x.shape[1], device=x.device).expand(*q.shape[:2], -1, -1)
+        return F.scaled_dot_product_attention(q, k, one, attn_mask=mask).mean(1)
 
 
 class Block(nn.Module):
@@ -346,19 +325,13 @@ class Block(nn.Module):
 
     def drop_rows(self, x: Tensor) -> Tensor:
         """Stochastic depth: a row (one frame, not one clip; release) skips the branch."""
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * (keep / (1 - self.drop_path)).to(x.dtype)
+        return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path, self.training)
 
 
 # ---- Heads (Sec. 3.3, 4.2.1) ---------------------------------------------------------------------
 
 class ExactLinear(nn.Linear):
-    """A Linear that autocast leaves in float32: for heads whose numbers put candidates in order.
-
-    In bf16 some of a thousand candidates always tie at the top.
-    """
+    """A Linear that autocast leaves in float32: in bf16 some of a thousand candidates tie."""
 
     def forward(self, x: Tensor) -> Tensor:
         device = "cpu" if x.is_meta else x.device.type             # meta: to count FLOPs
@@ -366,15 +339,11 @@ class ExactLinear(nn.Linear):
             return super().forward(x.to(self.weight.dtype))
 
 
-def answer_head(kind: Answer, width: int, answers: int) -> nn.Sequential:
-    """Classes from a cls token, (..., D) -> (..., answers); open-ended QA (Sec. 4.2.1) and probe.
-
-    paper: "a two-layer MLP with hidden size 768", its GELU is ours. release: hidden D/2, a
-    LayerNorm between, dropout 0.5 before. linear: the one layer of Tab. 12.
-    """
-    if kind == "linear":
+def answer_head(kind: str, width: int, answers: int) -> nn.Sequential:
+    """Classes from a cls token, (..., D) -> (..., answers): open-ended QA (Sec. 4.2.1), probe."""
+    if kind == "linear":                                           # Tab. 12
         return nn.Sequential(ExactLinear(width, answers))
-    if kind == "paper":
+    if kind == "paper":                    # "a two-layer MLP with hidden size 768"; GELU is ours
         return nn.Sequential(ExactLinear(width, 768), nn.GELU(), ExactLinear(768, answers))
     half = width // 2
     return nn.Sequential(nn.Dropout(0.5), ExactLinear(width, half), nn.LayerNorm(half), nn.GELU(),
@@ -384,22 +353,20 @@ def answer_head(kind: Answer, width: int, answers: int) -> nn.Sequential:
 # ---- Temporal modelling without parameters (Sec. 3.2, Tab. 8a) ----------------------------------
 
 def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, first: int = 1,
-                  roll: Roll = "paper", select: Select = "block", layer: int = 1) -> Tensor:
+                  roll: str = "paper", select: Select = "block", layer: int = 1) -> Tensor:
     """TTR of Eq. 2, Fig. 2b: some patches move to the next frame, the last frame's to the first.
 
-    tokens: (B*S, first + n, D); the `first` leading tokens (text, cls) never move.
+    tokens: (B*S, first + n, D) in and out; the `first` leading tokens (text, cls) never move.
     ratio: share of the n patches that move, round(ratio * n) of them; Tab. 8b is best at 0.25.
     roll: "paper" moves them one frame forward (Sec. 3.2, "roll parts of the token by 1").
         "release" moves floor(ratio/2 * n) leading ones forward and as many trailing ones backward.
-    select: which patches move forward (App. C.2, Tab. 11b): one "block", random ones (drawn anew on
-        each call), or a block "varying" with layer = 1..L. Only "block" has a "release" reading.
-        The paper does not say which block: here the first of the raster, the frame's top rows.
-    Returns the same shape. A permutation: no parameters, and sums over the frames do not change.
-    Raises ValueError if the rows are not whole clips.
+    select: which move (App. C.2, Tab. 11b): one "block" (the paper does not say which; here the
+        frame's top rows), "random" ones drawn on each call, a block "varying" with layer = 1..L.
+    A permutation: no parameters, and sums over the frames do not change.
+    ValueError if the rows are not whole clips.
     """
     if tokens.shape[0] % frames:
-        raise ValueError(f"{tokens.shape[0]} rows are not whole clips of {frames} frames; rows are "
-                         "B*S with the frames of a clip adjacent")
+        raise ValueError(f"{tokens.shape[0]} rows are not whole clips of {frames} adjacent frames")
     n = tokens.shape[1] - first
     k = round(ratio * n)
     moves = [(slice(first, first + k), +1)]
@@ -421,42 +388,34 @@ def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, first: in
 def channel_shift(tokens: Tensor, frames: int) -> Tensor:
     """Channel Shift of Tab. 8a [23]: an eighth of D from the next frame, one from the frame before.
 
-    tokens: (B*S, 1+n, D), video only. Returns the same shape. The ends are filled with zeros and
-    the class token is shifted too, as in the release.
+    tokens: (B*S, 1+n, D), video only, in and out. Zeros fill the ends, and cls shifts too: release.
     """
-    clips = tokens.unflatten(0, (-1, frames))                      # (B, S, 1+n, D)
-    c = tokens.shape[-1] // 8
-    shifted = clips.clone()
-    shifted[..., :2 * c] = 0
-    shifted[:, :-1, :, :c] = clips[:, 1:, :, :c]
-    shifted[:, 1:, :, c:2 * c] = clips[:, :-1, :, c:2 * c]
-    return shifted.flatten(0, 1)                                   # (B*S, 1+n, D)
+    D, clips = tokens.shape[-1], tokens.unflatten(0, (-1, frames))
+    after, before, rest = clips.split((D // 8, D // 8, D - 2 * (D // 8)), -1)
+    after = F.pad(after[:, 1:], (0, 0, 0, 0, 0, 1))                # (B, S, 1+n, D/8)
+    before = F.pad(before[:, :-1], (0, 0, 0, 0, 1, 0))
+    return torch.cat([after, before, rest], -1).flatten(0, 1)      # (B*S, 1+n, D)
 
 
 # ---- Objectives (Sec. 3.3): pure functions, each computed in float32 -----------------------------
 
 def vtm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Video-text matching: mean negative log-likelihood over matched (1) or not (0).
-
-    logits: (B, 2) of vtm_head(pooled); labels: (B,).
-    """
+    """Video-text matching: mean over logits (B, 2) of vtm_head and labels (B,), 1: matched."""
     return F.cross_entropy(logits.float(), labels)
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Masked language modelling. logits: (M, |V|) at masked positions; labels: (M,), -100: no word.
 
-    Returns the *sum* over words: who knows how many words the whole batch masks, on all devices,
-    divides. No masked word gives 0, not NaN.
+    The *sum* over words (none: 0): who knows how many all devices mask divides.
     """
     return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
 
 
 def vtc_loss(text: Tensor, video: Tensor, temperature: float = 0.05) -> Tensor:
-    """Video-text contrast. text, video: (B, vtc_dim) projections, row i of both a pair.
+    """Video-text contrast, both ways. text, video: (B, vtc_dim) projections, row i of both a pair.
 
-    Symmetric: text-to-video plus video-to-text over cosine similarities. The temperature and the
-    sum (not the mean) of both directions are the release's.
+    The temperature of the cosines and the sum (not the mean) of both ways are the release's.
     """
     with torch.autocast(text.device.type, enabled=False):          # or @ would be in half precision
         text, video = F.normalize(text.float(), dim=-1), F.normalize(video.float(), dim=-1)
@@ -468,29 +427,28 @@ def vtc_loss(text: Tensor, video: Tensor, temperature: float = 0.05) -> Tensor:
 # ==== Not in the main text ========================================================================
 
 class FactorizedAttention(nn.Module):
-    """What "timesformer" and "decoupled" of Tab. 9 add before the joint attention of each block.
+    """What "timesformer" and "decoupled" add before each block's joint attention (Tab. 9, Fig. 8).
 
-    App. B.1 gives a sentence and a figure (Fig. 8) to each, Tab. 9 the parameters (180.5, 192 M).
-    timesformer: attention over time, then over space, each closed by a Linear (180.8 M for B).
-    decoupled: text attends to text, video over time and over space (195.0 M for B).
-    Both start as a no-op, so that ImageNet weights are met unchanged at the first step.
+    timesformer: attention over time, then over space, each closed by a Linear (180.8 M for B; the
+    paper's 180.5). decoupled: text attends to text, video over time and space (195.0 M; 192).
+    App. B.1 says no more. Both start as a no-op: ImageNet weights are met unchanged at first.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.specials = 2 if config.distilled else 1
         decoupled = config.temporal == "decoupled"
-        self.time, self.space, self.text = (nn.ModuleDict({
-            "norm": nn.LayerNorm(config.width, eps=1e-6),
-            "attn": Attention(config.width, config.heads, config.dropout),
-            "last": nn.Identity() if decoupled else nn.Linear(config.width, config.width),
-        }) for _ in range(3))
-        if not decoupled:
-            self.text = None
-        for branch in filter(None, (self.time, self.space, self.text)):
-            last = branch["attn"].proj if decoupled else branch["last"]
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+
+        def branch() -> nn.ModuleDict:
+            attn = Attention(config.width, config.heads, config.dropout)
+            last = nn.Identity() if decoupled else nn.Linear(config.width, config.width)
+            for p in (attn.proj if decoupled else last).parameters():
+                nn.init.zeros_(p)
+            norm = nn.LayerNorm(config.width, eps=1e-6)
+            return nn.ModuleDict({"norm": norm, "attn": attn, "last": last})
+
+        self.time, self.space = branch(), branch()
+        self.text = branch() if decoupled else None
 
     @staticmethod
     def add(branch: nn.ModuleDict, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -498,17 +456,16 @@ class FactorizedAttention(nn.Module):
 
     def forward(self, z: Tensor, S: int, m: int, mask: Tensor | None) -> Tensor:
         """z: (B*S, m+1+n, D) in and out; either part may be empty (unimodal passes)."""
-        text, video = z[:, :m], z[:, m:]
+        text, cls, patches = z.tensor_split((m, m + self.specials), 1)
         if m and self.text is not None:
             text = self.add(self.text, text, None if mask is None else mask[..., :m])
-        if video.shape[1]:
-            cls, patches = video[:, :self.specials], video[:, self.specials:]
-            n = patches.shape[1]
+        if n := patches.shape[1]:
             tubes = patches.unflatten(0, (-1, S)).transpose(1, 2).flatten(0, 1)      # (B*n, S, D)
             tubes = self.add(self.time, tubes)
             patches = tubes.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)      # (B*S, n, D)
             video = self.add(self.space, torch.cat([cls, patches], 1))
-        return torch.cat([text, video], 1)
+            text = torch.cat([text, video], 1)
+        return text
 
 
 def word_patch_transport(text: Tensor, patches: Tensor, text_mask: Tensor, beta: float = 0.5,
@@ -545,62 +502,45 @@ def word_patch_alignment_loss(distance: Tensor, labels: Tensor) -> Tensor:
 
 # ---- Weights -------------------------------------------------------------------------------------
 
-def initialise(model: AllInOne) -> None:
-    """Random weights (Tab. 6, first row): N(0, init_std), biases and temporal positions 0."""
-    for name, p in model.named_parameters():
-        if p.ndim == 1:                                            # LayerNorm's weight, any bias
-            nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
-        elif name != "temporal_embed":
-            nn.init.trunc_normal_(p, std=model.config.init_std)
-
-
 class Inert(dict):
     """Stands in read_weights for every foreign class and function: takes anything, does nothing."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *_, **__):
         super().__init__()
 
-    def __setstate__(self, state):
-        pass
-
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *_, **__):
         return Inert()
 
-    def __hash__(self):
-        return id(self)
-
-    append = extend = add = __call__
+    __setstate__ = append = extend = add = __call__
+    __hash__ = object.__hash__
 
 
-class SafePickle:
-    """What torch.load takes for the pickle module: rebuilds tensors and calls nothing else."""
+class SafeUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and calls nothing else."""
 
     TENSORS = {("collections", "OrderedDict"), ("torch", "Size"),
                ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            storage = module in ("torch", "torch.storage") and name.endswith("Storage")
-            known = storage or (module, name) in SafePickle.TENSORS
-            return super().find_class(module, name) if known else Inert
-
-    @staticmethod
-    def load(file, **options):
-        return SafePickle.Unpickler(file, **options).load()
+    def find_class(self, module, name):
+        storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+        known = storage or (module, name) in self.TENSORS
+        return super().find_class(module, name) if known else Inert
 
 
 def read_weights(path) -> dict:
     """A file of torch.save as tensors and plain types; nothing that it pickles is executed.
 
     Objects of other classes (Lightning's, say) become Inert.
-    Raises ValueError for a file that is no dictionary of weights, or whose checksums are wrong.
+    ValueError for a file that is no dictionary of weights, or whose checksums are wrong.
     """
+    pickles = SimpleNamespace(__name__="pickle", Unpickler=SafeUnpickler,
+                              load=lambda file, **how: SafeUnpickler(file, **how).load())
     try:
         if zipfile.is_zipfile(path):                               # torch.load checks no checksum
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"the checksum of its part {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=pickles)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:             # whatever a damaged or foreign file makes torch raise
@@ -621,7 +561,7 @@ def fit_table(name: str, table: Tensor, like: Tensor, specials: int) -> Tensor:
     if table.shape == like.shape or table.shape[-1:] != like.shape[-1:]:
         return table
     if name == "temporal_embed":
-        return F.pad(table[:, :like.shape[1]], (0, 0, 0, max(0, like.shape[1] - table.shape[1])))
+        return F.pad(table, (0, 0, 0, like.shape[1] - table.shape[1]))      # negative: cuts
     if name == "text_embeddings.position_embeddings.weight":
         return torch.cat([table[:len(like)], like[len(table):].to(table.dtype)])
     side, new_side = (round((t.shape[1] - specials) ** 0.5) for t in (table, like))
@@ -637,30 +577,28 @@ def load_weights(model: AllInOne, weights: dict, source) -> dict[str, list[str]]
 
     Returns {"loaded", "resized", "initialised", "ignored"}, lists of names: initialised are the
     model's that the file lacks, ignored are the file's that the model lacks.
-    Raises ValueError naming a tensor of another shape.
+    ValueError naming a tensor of another shape.
     """
-    own = model.state_dict()
-    fitted = {name: fit_table(name, weights[name], own[name], model.specials)
-              for name in own if name in weights}
-    for name, tensor in fitted.items():
-        if tensor.shape != own[name].shape:
+    own, fitted, report = model.state_dict(), {}, {"loaded": [], "resized": [], "initialised": []}
+    for name, like in own.items():
+        if name not in weights:
+            report["initialised"].append(name)
+            continue
+        fitted[name] = fit_table(name, weights[name], like, model.specials)
+        if fitted[name].shape != like.shape:
             raise ValueError(f"{source}: {name} is {tuple(weights[name].shape)}, here "
-                             f"{tuple(own[name].shape)}: this is another variant; compare "
-                             "--variant and the sizes")
+                             f"{tuple(like.shape)}: another variant; compare --variant and sizes")
+        report["loaded" if weights[name].shape == like.shape else "resized"].append(name)
     model.load_state_dict(fitted, strict=False)
-    same = {name for name in fitted if weights[name].shape == own[name].shape}
-    return {"loaded": [name for name in fitted if name in same],
-            "resized": [name for name in fitted if name not in same],
-            "initialised": [name for name in own if name not in weights],
-            "ignored": [name for name in weights if name not in own]}
+    return report | {"ignored": [name for name in weights if name not in own]}
 
 
 def load_vit(model: AllInOne, path, content: dict | None = None) -> dict[str, list[str]]:
     """Backbone from a timm or DeiT file (Sec. 3.1, Tab. 6); the rest keeps its random weights.
 
-    The image classifier is ignored, positions are interpolated to the model's grid, or ignored by
-    a model without (Tab. 10). content: read_weights(path), if it was read before.
-    Returns the report of load_weights. Raises ValueError for unknown, missing or misfit tensors.
+    The image classifier is ignored, and positions by a model without (Tab. 10). content:
+    read_weights(path), if at hand. Returns the report of load_weights.
+    ValueError for unknown, missing or misfit tensors.
     """
     weights = content or read_weights(path)
     weights = weights.get("model", weights)                        # DeiT wraps them
@@ -668,14 +606,14 @@ def load_vit(model: AllInOne, path, content: dict | None = None) -> dict[str, li
     weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
     report = load_weights(model, weights, path)
     backbone = ("cls_token", "dist_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+    unknown = report["ignored"]
     missing = [name for name in report["initialised"] if name.startswith(backbone)]
-    if unknown := report["ignored"] + missing:
-        distilled = "a distilled DeiT has a second class token: add --distilled"
-        raise ValueError(
-            f"{path}: not the backbone of this model: {len(report['ignored'])} unknown tensors, "
-            f"{len(missing)} missing ({', '.join(unknown[:3])}); " + (
-                distilled if "dist_token" in report["ignored"] else
-                "expected timm's vit_* or deit_* weights of the same --variant"))
+    if unknown or missing:
+        hint = ("a distilled DeiT has a second class token: add --distilled"
+                if "dist_token" in unknown else
+                "expected timm's vit_* or deit_* weights of the same --variant")
+        raise ValueError(f"{path}: not the backbone of this model: {len(unknown)} unknown tensors, "
+                         f"{len(missing)} missing ({', '.join((unknown + missing)[:3])}); {hint}")
     return report
 
 
@@ -690,11 +628,10 @@ RENAMED = {  # the release's names -> ours; the rest is timm's and BERT's on bot
 def load_release(path, heads: int | None = None, content: dict | None = None, **overrides):
     """The authors' .ckpt (Tab. 1: Ti, S, B; plus) -> (AllInOne, report of load_weights).
 
-    heads: not stored in such a file; None means width / 64 (Tab. 1). content: read_weights(path),
-    if it was read before. overrides: other fields of Config (frames, image_size, ...).
-    The config becomes what those weights were trained with: roll="release", no rolling in the
-    unimodal passes, as many frames as temporal positions; their shuffled patches are
-    `patch_order="random"`. Raises ValueError for a file of something else.
+    heads: not in such a file; None: width / 64 (Tab. 1). content: read_weights(path), if at hand.
+    overrides: other fields of Config (frames, image_size, ...). The config is what those weights
+    were trained with, but for their shuffled patches, `patch_order="random"`.
+    ValueError for a file of something else.
     """
     content, weights = content or read_weights(path), {}
     for name, tensor in content.get("state_dict", content).items():
@@ -702,25 +639,25 @@ def load_release(path, heads: int | None = None, content: dict | None = None, **
         theirs = next((prefix for prefix in RENAMED if name.startswith(prefix)), "")
         weights[RENAMED.get(theirs, "") + name.removeprefix(theirs)] = tensor
     words, places = (f"text_embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
-              words, places)
+    patch, first = "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"
+    needed = ("cls_token", "pos_embed", patch, first, words, places)
     if missing := [name for name in needed if name not in weights]:
         raise ValueError(f"{path}: not a released All-in-one checkpoint: it lacks "
                          f"{', '.join(missing)}; for ViT or DeiT weights use load_vit (--init)")
-    bert_type = weights.pop("text_embeddings.token_type_embeddings.weight", None)
-    if bert_type is not None:  # its row 0 is added to every token: one table says both
-        weights[places] = weights[places] + bert_type[0]
-    width, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
-    distilled = "dist_token" in weights
-    if distilled:                                                  # the S variant never used its
+    # row 0 of BERT's types is added to every token: one table says both
+    bert_type = weights.pop("text_embeddings.token_type_embeddings.weight", torch.zeros(1, 1))
+    weights[places] = weights[places] + bert_type[0]
+    distilled = "dist_token" in weights                            # All-in-one-S never used
+    if distilled:                                                  # its temporal positions
         weights.pop("temporal_embed", None)
+    times = weights.get("temporal_embed")
+    width, side = weights["cls_token"].shape[-1], weights[patch].shape[-1]
     grid = round((weights["pos_embed"].shape[1] - 1 - distilled) ** 0.5)
-    frames = weights["temporal_embed"].shape[1] if "temporal_embed" in weights else Config.frames
     config = Config(
-        width=width, heads=heads or max(1, width // 64), patch_size=patch, image_size=grid * patch,
+        width=width, heads=heads or max(1, width // 64), patch_size=side, image_size=grid * side,
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
         vocab_size=len(weights[words]), max_text_len=len(weights[places]), distilled=distilled,
-        frames=frames, temporal_position="temporal_embed" in weights, roll="release",
-        roll_unimodal=False)
+        frames=Config.frames if times is None else times.shape[1], roll="release",
+        temporal_position=times is not None, roll_unimodal=False)
     model = AllInOne(replace(config, **overrides))
     return model, load_weights(model, weights, path)
