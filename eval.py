@@ -815,13 +815,18 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
             shown, rows = results[-1], [(json.dumps(found)[:80], list(items["video"][0]))]
         if config.task != "attention":
             say(json.dumps(shown, ensure_ascii=False))
-            if config.out:
-                save_picture(Path(config.out) / f"{config.task}-{len(results)}.png", rows)
+        if config.out:
+            beside = Path(config.out) / f"{config.task}-{len(results)}.json"
+            save_picture(beside.with_suffix(".png"), rows)
+            beside.write_text(json.dumps(results[-1]))           # the numbers of the picture
     if config.task == "attention" and results:
-        blocks = [r["blocks"] for r in results]
-        for d, rows in enumerate(zip(*blocks), start=1):
-            say(f"block {d}: " + ", ".join(f"{name} {sum(r[name] for r in rows) / len(rows):.3f}"
-                                           for name in rows[0] if name != "block"))
+        names, lines = ("text", "cls", "own", "rolled", "per_patch"), []
+        for d, rows in enumerate(zip(*(r["blocks"] for r in results)), start=1):
+            lines.append({"step": d} | {name: sum(r[name] for r in rows) / len(rows)
+                                        for name in names})
+            say(f"block {d}: " + ", ".join(f"{name} {lines[-1][name]:.3f}" for name in names))
+        if config.out:
+            save_curves(Path(config.out) / "attention.png", lines, names[:4])
     for line in unreadable:
         say(f"left out: {line}")
     return results
@@ -927,14 +932,16 @@ def save_picture(path: Path, rows: list[tuple[str, list[Tensor]]], side: int = 1
     sheet.save(path)
 
 
-def save_curves(path: Path, lines: list[dict], size: tuple[int, int] = (640, 360)) -> None:
-    """A PNG of a log's losses and accuracies against steps, each scaled to its own greatest."""
+def save_curves(path: Path, lines: list[dict], names: tuple = (), size=(640, 360)) -> None:
+    """A PNG of `names` (of a log: its losses and accuracies) against "step", each by its greatest.
+    """
     if not lines:
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     sheet = Image.new("RGB", size, "white")
     draw, colours = ImageDraw.Draw(sheet), ("red", "blue", "green", "orange", "purple", "black")
-    names = [name for name in lines[-1]
-             if f"{name.removesuffix('_accuracy')}_accuracy" in lines[-1]]
+    names = names or [name for name in lines[-1]
+                      if f"{name.removesuffix('_accuracy')}_accuracy" in lines[-1]]
     for k, name in enumerate(names):
         values = [(line["step"], line[name]) for line in lines if name in line]
         most, last = max(v for _, v in values) or 1.0, max(step for step, _ in values)
