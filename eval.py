@@ -1146,7 +1146,9 @@ def profile(config: dict, device: torch.device, batch: int, seconds: float) -> N
 # ---- Command line -------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Score or profile All-in-one.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Score All-in-one, use it on any video, or tell what it costs.",
+        usage="python eval.py --task TASK [--FLAG VALUE ...]", allow_abbrev=False)
     add_flags(parser.add_argument_group("what to score"), EvalConfig)
     add_flags(parser.add_argument_group("model, over the checkpoint's"), Config)
     given = given_flags(parser, argv)
@@ -1190,10 +1192,11 @@ def main(argv: list[str] | None = None) -> None:
         # of the authors' files those that were fine-tuned for retrieval have projections
         vtc = "vtc" in trained.get("objectives", ()) or any(
             "txt_proj" in name for name in content.get("state_dict", ()))
-        if config.task in ("retrieval", "search") and not vtc and not config.rerank:
+        by_vtm = config.task == "retrieval" and config.rerank
+        if config.task in ("retrieval", "search") and not vtc and not by_vtm:
             raise ValueError(f"{config.checkpoint} was not trained with VTC, its cosines mean "
-                             "nothing: fine-tune it (train.py --task retrieval), or give --rerank "
-                             "the number of candidates to score by VTM")
+                             "nothing: fine-tune it (train.py --task retrieval), or score a "
+                             "manifest with --task retrieval --rerank CANDIDATES by VTM")
         if using:
             found = (search if config.task == "search" else use)(model, tokenizer, config, answers,
                                                                  device, say)

@@ -127,7 +127,7 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
     """(how to train, fields of a new model's Config, those of them asked for and the variant)."""
     parser = argparse.ArgumentParser(
         description="Pre-train or fine-tune All-in-one. Without --data: the proof run.",
-        allow_abbrev=False)
+        usage="python train.py --task TASK [--FLAG VALUE ...]", allow_abbrev=False)
     parser.add_argument("--variant", choices=VARIANTS, default=argparse.SUPPRESS,
                         help="width, depth, heads of Tab. 1 (default: B)")
     parser.add_argument("--recipe", choices=("paper", "release"), default="paper",
