@@ -1178,7 +1178,7 @@ def main(argv: list[str] | None = None) -> None:
         say = print if dist.get_rank() == 0 else lambda *_, **__: None
         if not Path(config.checkpoint).exists():
             raise ValueError(f"{config.checkpoint}: no such file; give --checkpoint, or make the "
-                             "proof run's in three minutes: python train.py --task pretrain")
+                             "proof run's in four minutes: python train.py --task pretrain")
         content = read_weights(config.checkpoint)
         model, tokenizer, answers = checkpoint_model(content, config.checkpoint, config.vocab, say,
                                                      **sizes)
