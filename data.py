@@ -135,7 +135,8 @@ class Manifest:
             if not isinstance(sample[field], (FIELDS[field], type(None))):
                 raise DataError(f'{where}: "{field}" is {sample[field]!r:.60}; the first lines '
                                 "of data.py tell the fields of a sample")
-        return {**sample, "video": str(video), "where": where}
+        given = {key: value for key, value in sample.items() if value is not None}
+        return {**given, "video": str(video), "where": where}
 
 
 def need(sample, where, field):
@@ -280,7 +281,7 @@ class Batches:
     """Lists of (sample, draw), one a forward pass: a function of (seed, step, pass) only.
     sizes: lines of each manifest. batch: clips of one optimiser step over all processes. A step is
     cut into world * accumulate passes, of which rank r has the r-th `accumulate`; each reads one
-    manifest, so that negatives never cross data sets. Manifests alternate evenly, in proportion to
+    manifest, so that VTM's negatives never cross data sets. Manifests alternate, in proportion to
     `shares` (default: to their lines). The k-th pass of a manifest visits the next clips of its
     epoch's permutation. Hence any number of processes with passes of one size sees the same passes
     (of one manifest: of any size), and starting at step `start` replays and skips nothing.

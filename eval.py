@@ -454,7 +454,7 @@ def kept_features(model: AllInOne, clips: Clips, encode, path: Path, config, dev
         say(f"{path}: computed anew ({error})")                # no more than a cache
     names = [clip_key(clips.manifest[i]) for i in range(len(clips))]
     missing = [i for i in range(len(clips)) if names[i] not in kept]
-    if not any(in_all_processes(missing)) and not missing:
+    if not in_all_processes(missing):
         return {i: kept[name] for i, name in enumerate(names)}, []
 
     def save():
@@ -764,7 +764,7 @@ def video_manifest(config: EvalConfig, **fields) -> str:
     lines = []
     for path in map(Path, config.video):
         if path.suffix in (".jsonl", ".csv", ".tsv"):
-            manifest = Manifest(path)
+            manifest = Manifest(path, config.columns)
             samples = [manifest[i] for i in range(len(manifest))]
         else:
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -772,7 +772,7 @@ def video_manifest(config: EvalConfig, **fields) -> str:
                        if file == path or file.suffix.lower() in MEDIA]
         for sample in samples:
             length = duration(sample["video"]) if config.window else 0.0
-            starts = [k * config.window for k in range(int(length // (config.window or 1)) + 1)]
+            starts = [k * config.window for k in range(math.ceil(length / (config.window or 1)))]
             for start in starts if length > config.window else [None]:
                 times = {} if start is None else {"start": start, "end": start + config.window}
                 lines.append({key: sample[key] for key in ("video", "start", "end", "fps")
@@ -842,6 +842,8 @@ def search(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, d
     clips = reading.clips_of(model, tokenizer, [])
     path = Path(config.index or Path(tempfile.mkdtemp()) / "index.pt")
     features, unreadable = kept_features(model, clips, video_embedding, path, reading, device, say)
+    if not features:
+        raise DataError(f"no clip can be read: {'; '.join(unreadable[:3])}")
     gallery = torch.stack(list(features.values())).to(device)                          # (G, E)
     numbers = list(features)
     for text in config.text:
@@ -874,7 +876,7 @@ def search(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, d
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(cosines, numbers), (Q, k), of the likest rows of gallery (G, E), read block by block."""
-    best = queries.new_full((len(queries), 0), 0.0), torch.zeros(len(queries), 0, dtype=torch.int64)
+    best = queries[:, :0], queries[:, :0].long()
     for begin in range(0, len(gallery), 16 * BLOCK):
         part = gallery[begin:begin + 16 * BLOCK].to(queries.device, torch.float32)
         scores, numbers = (queries @ part.T).topk(min(k, len(part)))
@@ -1168,6 +1170,8 @@ def main(argv: list[str] | None = None) -> None:
             (not config.video and using, f"--task {config.task} needs --video FILE or FOLDER"),
             (using and config.task != "attention" and not any(config.text),
              f"--task {config.task} needs --text WORDS"),
+            (len(config.text) > 1 and config.task not in ("match", "search"),
+             "several --text are for --task match and search"),
             (min(config.batch, config.clips) < 1, "--batch and --clips must be 1 or more"),
             (len(changes) > 1, f"--{' and --'.join(changes)}: one at a time"),
             (config.rerank and config.task not in ("retrieval", "search"),
@@ -1197,6 +1201,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{config.checkpoint} was not trained with VTC, its cosines mean "
                              "nothing: fine-tune it (train.py --task retrieval), or score a "
                              "manifest with --task retrieval --rerank CANDIDATES by VTM")
+        if not 0 <= config.block <= model.config.depth:
+            raise ValueError(f"--block {config.block}: the model has blocks 1 to "
+                             f"{model.config.depth}")
+        for name in filter(None, (config.json, config.index)):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
         if using:
             found = (search if config.task == "search" else use)(model, tokenizer, config, answers,
                                                                  device, say)

@@ -603,6 +603,7 @@ class Trainer:
         model.recompute = config.activation_checkpointing
         self.scorings = validation(config, model, self.tokenizer, self.answers)
         self.clips = self.open_clips(kind, manifest)
+        model.train()                                          # features were read in evaluation
         self.steps = config.epochs * math.ceil(len(self.clips) / self.batch) or config.steps
         self.objectives = Objectives(
             model, config.objectives, config.false_texts if config.hard_negatives else 0)
