@@ -614,7 +614,8 @@ class Trainer:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         self.run.resume(
-            {"config": {**asdict(config), **asked, "batch": self.batch}, "steps": self.steps,
+            {"config": {**asdict(config), **asked, "batch": self.batch, "clips of a pass":
+                        self.size if len(manifest.sizes) > 1 else "any"}, "steps": self.steps,
              "sizes": asdict(model.config), "data": manifest.contents(), "answers": self.answers,
              "tokenizer": self.tokenizer.to_json(), "torch": torch.__version__, "commit": commit()},
             model=model, optimizer=self.optimizer, scaler=self.scaler)
