@@ -50,8 +50,9 @@ class TrainConfig:
     """How to train; defaults are pre-training's of Sec. 4.1.2, TASKS and PROOF say what differs."""
 
     task: Literal["pretrain", "retrieval", "choice", "qa", "probe"] = "pretrain"  # Sec. 3.3, 4.2
-    data: tuple[str, ...] = ()            # manifests to train on; none: the proof run's toy clips;
-    #                                       synthetic: made-up clips, to measure speed
+    data: tuple[str, ...] = ()            # manifests to train on; none: the proof run's toy clips
+    variant: Literal["nano", "Ti", "S", "B", "L"] = "B"   # width, depth, heads of Tab. 1
+    recipe: Literal["paper", "release"] = "paper"   # release: the authors' unmentioned choices
     out: str = ""                         # run folder; none: runs/TASK
     init: str = "scratch"                 # or ViT, DeiT (Sec. 3.1), our or released weights
     batch: int = 0                        # clips a step on all GPUs; 0: batch_per_gpu on each
@@ -69,7 +70,6 @@ class TrainConfig:
     vocab: str = "bert-base-uncased"      # or vocab.txt, tokenizer.json, train (from captions)
     objectives: tuple[str, ...] = ("vtm", "mlm")   # Sec. 3.3; those of a task: OBJECTIVES
     false_texts: int = 15                 # captions that "rank" sets beside the true one (release)
-    hard_negatives: bool = False          # ... the likest ones of the pass, by VTC
     head_lr: float = 1.0                  # times lr, for the answer head (release: 10)
     warmup: float = 0.1                   # share of the steps (Sec. 4.1.2); above 1: steps
     weight_decay: float = 1e-2            # Sec. 4.1.2; on matrices and tables only (release)
@@ -128,44 +128,38 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
     parser = argparse.ArgumentParser(
         description="Pre-train or fine-tune All-in-one. Without --data: the proof run.",
         usage="python train.py --task TASK [--FLAG VALUE ...]", allow_abbrev=False)
-    parser.add_argument("--variant", choices=VARIANTS, default=argparse.SUPPRESS,
-                        help="width, depth, heads of Tab. 1 (default: B)")
-    parser.add_argument("--recipe", choices=("paper", "release"), default="paper",
-                        help="release: the authors' unmentioned choices, together")
     add_flags(parser.add_argument_group("training, the commonest first"), TrainConfig)
     add_flags(parser.add_argument_group("model"), Config)
     flags = given_flags(parser, argv)
     task = flags.get("task", "pretrain")
-    release = flags.pop("recipe") == "release"
-    recipe = TASKS[task] | (RELEASE["all"] | RELEASE[task] if release else {})
+    recipe = TASKS[task]
+    if flags.get("recipe") == "release":
+        recipe = recipe | RELEASE["all"] | RELEASE[task]
     if "steps" in flags:
         flags.setdefault("epochs", 0)
     proof = {} if flags.get("data") else PROOF | TOY[task]
     values = {"out": f"runs/{task}"} | recipe | proof | flags       # the last one wins
-    fields = {"variant", *Config.__dataclass_fields__}
-    asked = {k: v for k, v in (recipe | flags).items() if k in fields}
+    fields = Config.__dataclass_fields__.keys()
+    asked = {k: v for k, v in (recipe | flags).items() if k in fields | {"variant"}}
     sizes = {k: values.pop(k) for k in fields & values.keys()}
     config = TrainConfig(**values)
     check_flags(config)
-    return config, VARIANTS[sizes.pop("variant", "B")] | sizes, asked
+    return config, VARIANTS[config.variant] | sizes, asked
 
 
 def check_flags(config: TrainConfig) -> None:
     """DataError for flags that do not go together."""
-    objectives, val = set(config.objectives), ", ".join(config.val)
     known = [name for name, (tasks, _) in OBJECTIVES.items() if config.task in tasks]
     unknown = " ".join(name for name in config.objectives if name not in known)
+    tests = [path for path in config.val if Path(path).name.split(".")[0].endswith("test")]
     for wrong, message in (
             (unknown, f"--objectives {unknown}: those of --task {config.task} are "
              f"{', '.join(known)}"),
-            (config.hard_negatives and not {"vtc", "rank"} <= objectives,
-             "--hard_negatives needs --objectives vtc rank: VTC finds them for ranking"),
-            ("wpa" in objectives and "vtm" not in objectives,
+            ("wpa" in config.objectives and "vtm" not in config.objectives,
              "--objectives wpa needs vtm too: it takes VTM's matched and other pairs"),
-            (config.val_every and any(
-                Path(path).name.split(".")[0].endswith("test") for path in config.val),
-             f"--val_every would choose the best checkpoint on {val}: give --val the validation "
-             "split, and score the test split once, with eval.py"),
+            (config.val_every and tests,
+             f"--val_every would choose the best checkpoint on {', '.join(tests)}: give --val the "
+             "validation split, and score the test split once, with eval.py"),
             (min(config.batch_per_gpu, config.log_every, config.save_every, config.steps) < 1,
              "--batch_per_gpu, --steps, --log_every and --save_every must be 1 or more"),
             (config.compile and not any(map(shutil.which, ("g++", "c++", "clang++"))),
@@ -210,23 +204,20 @@ class Objectives(nn.Module):
     tensors; who sums over passes and processes divides.
     """
 
-    def __init__(self, model: AllInOne, objectives: tuple[str, ...], hard_negatives: int = 0):
+    def __init__(self, model: AllInOne, objectives: tuple[str, ...]):
         super().__init__()
-        self.model, self.objectives, self.hard_negatives = model, objectives, hard_negatives
+        self.model, self.objectives = model, objectives
 
     def forward(self, batch: dict) -> dict[str, tuple]:
-        parts, B = {}, torch.tensor(len(batch["text_ids" if "text_ids" in batch else "label"]))
-        if "vtc" in self.objectives:           # first, so that contrast() can repeat its dropout
-            text, video = self.unimodal(batch)
-            if "contrast" in batch:            # its loss, and the gradients to hand the features
-                loss, text_grad, video_grad = batch["contrast"]
-                fed = (text.float() * text_grad).sum() + (video.float() * video_grad).sum()
-                loss = loss + (fed - fed.detach())
-            else:
-                loss = vtc_loss(gather(text), gather(video))
-            parts["vtc"] = loss * B, B
-            if self.hard_negatives:
-                batch = hard_options(batch, text, video, self.hard_negatives)
+        parts, labels = {}, batch["label"]
+        B = torch.tensor(len(labels))
+        if "vtc" in self.objectives:           # each modality alone; negatives: a pass of all GPUs
+            ids, mask = batch["text_ids"], batch["text_mask"]
+            if ids.dim() == 3:                 # retrieval: the first is the clip's own caption
+                ids, mask = ids[:, 0], mask[:, 0]
+            text = self.model.text_proj(self.model.encode_text(ids, mask)[:, 0])
+            video = self.model.video_proj(self.model.encode_video(batch["video"])[:, 0])
+            parts["vtc"] = vtc_loss(gather(text), gather(video)) * B, B
         if "mlm" in self.objectives or "vtm" in self.objectives:
             words, matched, (text, video) = score_pretraining(self.model, batch, self.objectives)
         if "mlm" in self.objectives:
@@ -241,34 +232,10 @@ class Objectives(nn.Module):
             parts["wpa"] = word_patch_alignment_loss(distance, batch["vtm_labels"]) * B, B
         for name in {"rank", *SCORES}.intersection(self.objectives):          # Sec. 4.2
             scores = SCORES.get(name, score_options)(self.model, batch)       # (B, candidates)
-            labels = batch["label"]            # -1: an answer that is no class teaches nothing
+            # -1: an answer that is no class teaches nothing
             parts[name] = F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum"), B
             parts[f"{name}_accuracy"] = count_right(scores, labels)
         return parts
-
-    def unimodal(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Text and video, each alone, encoded and projected: both (B, vtc_dim)."""
-        ids, mask = batch["text_ids"], batch["text_mask"]
-        if ids.dim() == 3:                         # retrieval: the first is the clip's own caption
-            ids, mask = ids[:, 0], mask[:, 0]
-        text = self.model.encode_text(ids, mask)[:, 0]
-        video = self.model.encode_video(batch["video"])[:, 0]
-        return self.model.text_proj(text), self.model.video_proj(video)
-
-
-def hard_options(batch: dict, text: Tensor, video: Tensor, k: int) -> dict:
-    """The batch with, as options beside each clip's caption, the k likest others by VTC.
-
-    text, video: (B, vtc_dim) projections. A caption of the same words is no option.
-    """
-    ids, mask = batch["text_ids"][:, 0], batch["text_mask"][:, 0]         # (B, m)
-    alike = F.normalize(video.detach(), dim=-1) @ F.normalize(text.detach(), dim=-1).T
-    same = (ids[:, None] == ids).all(-1)                                  # (B, B), the diagonal too
-    best = alike.float().masked_fill(same, -torch.inf).topk(min(k, len(ids)), 1)
-    own = torch.arange(len(ids), device=ids.device)[:, None]
-    chosen = torch.cat([own, best.indices], 1)                            # (B, 1+k)
-    present = F.pad(best.values > -torch.inf, (1, 0), value=True)
-    return batch | {"text_ids": ids[chosen], "text_mask": mask[chosen], "option_mask": present}
 
 
 def gather(features: Tensor) -> Tensor:
@@ -284,50 +251,31 @@ def gather(features: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-@torch.no_grad()
-def contrast(objectives: Objectives, batches: list[dict], seeds: list[int]) -> list[tuple]:
-    """VTC among all passes of a step, as GradCache does (Gao et al. 2021, arXiv:2101.06983).
-
-    Encodes every pass without gradient. Returns for each (loss, gradient of its text features, of
-    its video features), batch["contrast"] of the pass to train on; `seeds` repeat its dropout.
-    """
-    pairs = []
-    for batch, seed in zip(batches, seeds):
-        torch.manual_seed(seed)
-        pairs.append(objectives.unimodal(batch))
-    with torch.enable_grad():
-        text, video = (torch.cat(side).float().requires_grad_() for side in zip(*pairs))
-        loss = vtc_loss(gather(text), gather(video))
-        # times the passes: every loss is divided by their number
-        gradients = torch.autograd.grad(loss * len(batches), (text, video))
-    sizes = [len(text) for text, _ in pairs]
-    return [(loss.detach(), *parts) for parts in zip(*(g.split(sizes) for g in gradients))]
-
-
 # ---- The run: its folder, log and checkpoint -----------------------------------------------------
 
-FREE = {"out", "val", "val_every", "workers", "log_every", "save_every", "resume", "timeout",
-        "epochs"}                             # may change from start to start; epochs only as steps
-ON_PURPOSE = {"lr", "steps", "batch_per_gpu"}                   # may too, and are told
+CHANGEABLE = {"out", "val", "val_every", "workers", "log_every", "save_every", "resume", "timeout",
+              "epochs", "lr", "steps", "batch_per_gpu"}   # from start to start of one run
 
 
 class Run:
     """A run folder: lock, log.jsonl, checkpoint.pt and the one before it, checkpoint.previous.pt.
 
     state: what a checkpoint holds beside weights: {"step", "sets": (manifests, 2) clips read and
-    unreadable, "window": {name: sums since the last line of the log}, "best"}. good: the checkpoint
-    to go on from, None before there is one. Only the first process writes.
+    unreadable, "window": {name: sums since the last line of the log}, "best"}. log: its length, and
+    its losses. good: the checkpoint to go on from, None before there is one. Only the first process
+    writes.
     """
 
     def __init__(self, config: TrainConfig, say):
         self.config, self.say, self.folder = config, say, Path(config.out)
         self.state, self.content, self.good = {"step": 0, "window": {}}, None, None
+        self.log = {"bytes": 0, "curve": []}
         self.first, self.parent, self.terminated = dist.get_rank() == 0, os.getppid(), False
         if self.first:
             self.take_folder()
         box = [self.content]
         dist.broadcast_object_list(box)
-        self.content = box[0]
+        (self.content,) = box
 
     def take_folder(self) -> None:
         """Locks the folder, and reads the checkpoint in it. DataError if another run holds it."""
@@ -338,24 +286,21 @@ class Run:
         except BlockingIOError:
             raise DataError(f"{self.folder}: another process is training into it; wait for it, "
                             "stop it, or choose another --out") from None
-        names = "checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "best.pt"
-        found = [self.folder / name for name in names if (self.folder / name).exists()]
+        checkpoints = [self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"]
+        checkpoints = [path for path in checkpoints if path.exists()]
         if not self.config.resume:
-            for path in found:
+            for path in [*checkpoints, *self.folder.glob("best.pt"), *self.folder.glob("*.jsonl")]:
                 path.replace(f"{path}.aside")
             return
-        checkpoints = [path for path in found if path.name in names[:2]]
         for path in checkpoints:
             try:
                 self.content, self.good = read_weights(path), path
                 break
             except ValueError as error:
                 self.say(f"{error}; trying the checkpoint before it")
-        if checkpoints and not self.good:
-            raise DataError(f"no checkpoint in {self.folder} can be read: choose another --out, or "
-                            "--no-resume to set them aside and begin anew")
-        if self.good and "config" not in self.content:
-            raise DataError(f"{self.good} is no checkpoint of train.py: choose another --out")
+        if checkpoints and "config" not in (self.content or {}):
+            raise DataError(f"no checkpoint of train.py in {self.folder} can be read: choose "
+                            "another --out, or --no-resume to set them aside and begin anew")
 
     def resume(self, description: dict, **parts) -> None:
         """Takes up the checkpoint's state and that of `parts`, and opens the log.
@@ -366,51 +311,41 @@ class Run:
         self.description, self.parts = json.loads(json.dumps(description)), parts  # no tuples
         self.state["sets"] = torch.zeros(len(description["data"]), 2, dtype=torch.float64)
         if self.content:
-            self.compare(self.content)
+            self.compare(self.content, self.description)
             for name, part in parts.items():
                 part.load_state_dict(self.content[name])
-            self.state, self.content = self.content["state"], None
+            self.state, self.log, self.content = self.content["state"], self.content["log"], None
             self.say(f"resuming {self.folder} at step {self.state['step']}")
         if self.first:
             self.open_log()
 
-    def compare(self, before: dict) -> None:
-        """DataError if the checkpoint is of another run; says what is changed on purpose."""
-        old, new = ({**d["config"], "steps": d["steps"]} for d in (before, self.description))
-        differ = [key for key in old | new if old.get(key) != new.get(key) and key not in FREE]
-        # of several manifests each pass reads one, so that there the size of a pass matters
-        told = ON_PURPOSE - ({"batch_per_gpu"} if len(new["data"]) > 1 else set())
-        other = [f"{key} was {old.get(key, 'not given')}, now {new.get(key, 'not given')}"
-                 for key in differ if key not in told]
-        for (name, lines, checksum), now in zip(before["data"], self.description["data"]):
-            if lines != now[1]:
-                other.append(f"{name} had {lines} lines, now {now[1]}")
-            elif checksum != now[2]:
-                other.append(f"{name} has other content, {lines} lines as before")
+    def compare(self, before: dict, now: dict) -> None:
+        """DataError if the checkpoint is of another run; says which CHANGEABLE flags differ."""
+        old, new = ({**d["config"], "steps": d["steps"]} for d in (before, now))
+        said = {key: f"{key} was {old.get(key, 'not given')}, now {new.get(key, 'not given')}"
+                for key in old | new if old.get(key) != new.get(key)}
+        other = [text for key, text in said.items() if key not in CHANGEABLE]
+        other += [f"{name} had {lines} lines of checksum {checksum:08x}, now {now_lines} of "
+                  f"{now_checksum:08x}" for (name, lines, checksum), (_, now_lines, now_checksum)
+                  in zip(before["data"], now["data"]) if (lines, checksum) != (
+                      now_lines, now_checksum)]
         if other:
             raise DataError(f"{self.folder} holds another run ({'; '.join(other[:5])}): "
                             "choose another --out, or --no-resume to set it aside")
-        for key in differ:
-            step = before["state"]["step"] + 1
-            self.say(f"{key} was {old[key]}; from step {step} on it is {new[key]}")
+        for text in said.values():
+            self.say(f"from step {before['state']['step'] + 1} on: {text}")
 
     def open_log(self) -> None:
-        """log.jsonl, cut back to the checkpoint's step: what came after it will be done again."""
-        path, kept = self.folder / "log.jsonl", [self.description]
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):   # cut by a kill, damaged
-                entry = json.loads(line)
-                if 0 < self.state["step"] >= entry["step"]:
-                    kept.append(entry)
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        beside.replace(path)
-        self.log_file = open(path, "a", buffering=1)
+        """log.jsonl, cut back to where the checkpoint was: what came after it is done again."""
+        path = self.folder / "log.jsonl"
+        self.file = open(path, "a", buffering=1)
+        os.truncate(path, min(path.stat().st_size, self.log["bytes"]))
+        self.file.write(json.dumps(self.description) + "\n")
 
     def write(self, **entry) -> None:
         """A line of log.jsonl: losses, unreadable clips, scores."""
         if self.first:
-            self.log_file.write(json.dumps({"step": self.state["step"], **entry}) + "\n")
+            self.file.write(json.dumps({"step": self.state["step"], **entry}) + "\n")
 
     def save(self, name: str = "checkpoint.pt") -> None:
         """Writes beside and renames: at every moment a whole checkpoint, new or old, is there."""
@@ -419,16 +354,17 @@ class Run:
         path = self.folder / name
         beside = path.with_suffix(".partial")
         content = {key: part.state_dict() for key, part in self.parts.items()}
+        self.log["bytes"] = (self.folder / "log.jsonl").stat().st_size
         try:
             with open(beside, "wb") as file:
-                torch.save({**content, "state": self.state, **self.description}, file)
+                torch.save({**content, "state": self.state, "log": self.log, **self.description},
+                           file)
                 file.flush()
                 os.fsync(file.fileno())
             if path == self.good and path.exists():            # never one that cannot be read
                 self.good = path.replace(self.folder / "checkpoint.previous.pt")
             beside.replace(path)
-            lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
-            save_curves(self.folder / "curve.png", [line for line in lines if "lr" in line])
+            save_curves(self.folder / "curve.png", self.log["curve"])
         except (OSError, RuntimeError) as error:
             beside.unlink(missing_ok=True)
             raise OSError(f"{path}: cannot save ({error}){self.last_good()}") from error
@@ -437,9 +373,7 @@ class Run:
 
     def last_good(self) -> str:
         """Which checkpoint a stopped run can go on from, for its last words."""
-        if self.good and self.good.exists():
-            return f"; {self.good} is whole"
-        return "; no checkpoint is left to go on from" if self.first else ""
+        return f"; {self.good} is whole" if self.good and self.good.exists() else ""
 
     def due(self, every: int) -> bool:
         return every > 0 and self.state["step"] % every == 0
@@ -451,27 +385,6 @@ class Run:
 
 
 # ---- Set-up --------------------------------------------------------------------------------------
-
-class Synthetic(Clips):
-    """--data synthetic: made-up clips of the model's size, with full-length captions."""
-
-    def read_video(self, sample):
-        size = self.image_size
-        return torch.randint(256, (self.frames, 3, size, size), dtype=torch.uint8)
-
-
-def own_data(config: TrainConfig) -> TrainConfig:
-    """Writes the toy clips, or the manifest of the synthetic ones, where they are asked for."""
-    made, synthetic = Path(config.out) / "synthetic.jsonl", config.data == ("synthetic",)
-    if dist.get_rank() == 0 and synthetic:
-        made.parent.mkdir(parents=True, exist_ok=True)
-        lines = [{"video": f"{i}.mp4", "text": f"{i} " + "word " * 99} for i in range(1000)]
-        made.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    elif dist.get_rank() == 0 and config.data[0].startswith("data/toy/"):
-        toy()
-    dist.barrier()
-    return replace(config, data=(str(made),)) if synthetic else config
-
 
 def build(config: TrainConfig, sizes: dict, asked: dict, manifest: Manifest, run: Run):
     """(model, tokenizer, answers): of the run's own checkpoint, else by --init.
@@ -509,16 +422,16 @@ def choose_trained(model: AllInOne, config: TrainConfig) -> None:
     """What gets gradients: what the objectives reach (DDP waits for all), but for --freeze."""
     heads = {head for _, heads in OBJECTIVES.values() for head in heads}
     heads -= {head for name in config.objectives for head in OBJECTIVES[name][1]}
-    names = [name for name, _ in model.named_parameters()]
+    names = [f"{name}." for name, _ in model.named_parameters()]
     for part in config.freeze:
-        if not any(f"{name}.".startswith(f"{part}.") for name in names):
-            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-            raise DataError(f"--freeze {part}: no such part; there are {parts}, and blocks.0 to "
-                            f"blocks.{model.config.depth - 1}")
+        if not any(name.startswith(f"{part}.") for name in names):
+            parts = dict.fromkeys(name.split(".")[0] for name in names)
+            raise DataError(f"--freeze {part}: no such part; there are {', '.join(parts)}, and "
+                            f"blocks.0 to blocks.{model.config.depth - 1}")
     fixed = tuple(f"{part}." for part in (*heads, *config.freeze))
-    for name, p in model.named_parameters():
+    for name, p in zip(names, model.parameters()):
         probed = config.task != "probe" or name.startswith("answer_head.")       # Tab. 12
-        p.requires_grad_(probed and not f"{name}.".startswith(fixed))
+        p.requires_grad_(probed and not name.startswith(fixed))
 
 
 def adamw(model: AllInOne, config: TrainConfig) -> torch.optim.AdamW:
@@ -536,14 +449,14 @@ def adamw(model: AllInOne, config: TrainConfig) -> torch.optim.AdamW:
 
 def validation(config: TrainConfig, model: AllInOne, tokenizer: Tokenizer, answers) -> list:
     """How to score each manifest of --val; DataError before the first step if one does not fit."""
-    plan = EvalConfig(task=config.task, batch=32, workers=config.workers, squash=config.squash,
-                      boxes=config.boxes, columns=config.columns,
-                      rerank=10 ** 9 if config.objectives == ("rank",) else 0)
     scorings = []
     for path in config.val:
         first = Manifest(path, config.columns)[0]
-        choice = config.task == "pretrain" and "options" in first
-        scorings.append(replace(plan, data=(path,), task="choice" if choice else config.task))
+        choice = config.task == "pretrain" and "options" in first            # zero-shot
+        scorings.append(EvalConfig(
+            task="choice" if choice else config.task, data=(path,), batch=32,
+            workers=config.workers, squash=config.squash, boxes=config.boxes,
+            columns=config.columns, rerank=10 ** 9 if config.objectives == ("rank",) else 0))
         scorings[-1].clips_of(model, tokenizer, answers).read_words(first)
     return scorings
 
@@ -554,36 +467,8 @@ def commit() -> str:
                           capture_output=True).stdout.strip()
 
 
-# bf16 without sparsity, from the data sheets
+# FLOP/s in bf16 without sparsity, from the data sheets: what MFU is of
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-def peak_flops(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s, where from): the data sheet's for known GPUs, else measured by a matrix product."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for key, peak in PEAKS.items():
-        if key in name:
-            return peak, f"data sheet, {name}, bf16 without sparsity"
-    a, spent = torch.rand(1024, 1024, device=device), []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()                                   # waits for the device
-        spent.append(time.perf_counter() - start)
-    return 2 * 1024 ** 3 / min(spent), "measured here, float32 product of 1024 x 1024"
-
-
-def one_ahead(passes):
-    """The same passes, each put together (and pinned) while the one before it is trained on."""
-    def following():
-        batch = next(passes, None)
-        return batch and {k: v.pin_memory() if isinstance(v, Tensor) and torch.cuda.is_available()
-                          else v for k, v in batch.items()}
-
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(following)
-        while batch := coming.result():
-            coming = thread.submit(following)
-            yield batch
 
 
 # ---- The loop -----------------------------------------------------------------------------------
@@ -592,86 +477,89 @@ class Trainer:
     """One run: what the loop's lines do, in the order in which they do it."""
 
     def __init__(self, config: TrainConfig, sizes: dict, asked: dict, device, say):
-        kind = Synthetic if config.data == ("synthetic",) else Clips
-        self.config = config = own_data(config)
-        self.device, self.flops, self.waited = device, 0, 0.0
-        self.run, manifest = Run(config, say), Manifest(config.data, config.columns)
+        self.config, self.device, self.flops, self.waited = config, device, 0, 0.0
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if config.data[0].startswith("data/toy/"):
+            if self.rank == 0:
+                toy()
+            dist.barrier()
+        self.run, manifest = Run(config, say), Manifest(config.data, config.columns)
         self.batch, self.size, self.passes = split_batch(config, self.world)
         model, self.tokenizer, self.answers = build(config, sizes, asked, manifest, self.run)
         self.model = model.to(device)
         model.recompute = config.activation_checkpointing
         self.scorings = validation(config, model, self.tokenizer, self.answers)
-        self.clips = self.open_clips(kind, manifest)
+        self.open_clips(manifest)
         model.train()                                          # features were read in evaluation
-        self.steps = config.epochs * math.ceil(len(self.clips) / self.batch) or config.steps
-        self.objectives = Objectives(
-            model, config.objectives, config.false_texts if config.hard_negatives else 0)
+        self.steps = config.epochs * math.ceil(sum(self.sizes) / self.batch) or config.steps
+        self.objectives = Objectives(model, config.objectives)
         choose_trained(model, config)
         self.optimizer = adamw(model, config)
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         name = config.precision.replace("auto", "bf16" if bf16 else "fp32")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-        self.run.resume(
-            {"config": {**asdict(config), **asked, "batch": self.batch, "clips of a pass":
-                        self.size if len(manifest.sizes) > 1 else "any"}, "steps": self.steps,
-             "sizes": asdict(model.config), "data": manifest.contents(), "answers": self.answers,
-             "tokenizer": self.tokenizer.to_json(), "torch": torch.__version__, "commit": commit()},
-            model=model, optimizer=self.optimizer, scaler=self.scaler)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, name != "fp32")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        # of several manifests each pass reads one, so that there the size of a pass matters
+        size = self.size if len(self.sizes) > 1 else "any"
+        self.run.resume(
+            {"config": {**asdict(config), **asked, "batch": self.batch, "clips of a pass": size},
+             "steps": self.steps, "sizes": asdict(model.config), "data": manifest.contents(),
+             "answers": self.answers, "tokenizer": self.tokenizer.to_json(),
+             "torch": torch.__version__, "commit": commit()},
+            model=model, optimizer=self.optimizer, scaler=self.scaler)
         if config.compile:    # the second text length met is taken as a variable, then no more are
             model.transform = torch.compile(model.transform, fullgraph=True)
         self.ddp = DistributedDataParallel(self.objectives, gradient_as_bucket_view=True)
-        self.peak, basis = peak_flops(device)
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        self.peak = next((peak for key, peak in PEAKS.items() if key in gpu), 0)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        say(f"{config.task}: {trained / 1e6:.1f} M trained parameters, {len(self.clips)} samples, "
-            f"{self.steps} steps of {self.batch} clips, {self.passes} passes of {self.size} each"
-            f"{', in which VTM draws its pairs' * (self.size < 8)}, "
-            f"{name}, on {self.world} x {device.type}; MFU is of {self.peak / 1e12:.3g} TFLOP/s on "
-            f"each ({basis}); log and checkpoint in {self.run.folder}")
+        say(f"{config.task}: {trained / 1e6:.1f} M trained parameters, {sum(self.sizes)} samples, "
+            f"{self.steps} steps of {self.batch} clips, {self.passes} passes of {self.size} each, "
+            f"{name}, on {self.world} x {gpu}, MFU of {self.peak / 1e12:g} TFLOP/s (0: not known); "
+            f"log and checkpoint in {self.run.folder}")
 
-    def open_clips(self, kind: type, manifest: Manifest):
-        """The samples to train on; for a probe their features, computed once."""
-        config, c = self.config, self.model.config
-        drawn = "rank" in config.objectives and not config.hard_negatives
-        clips = kind(
+    def open_clips(self, manifest: Manifest) -> None:
+        """The samples to train on, `sizes` of each manifest; of a probe their features."""
+        config, c, probe = self.config, self.model.config, self.config.task == "probe"
+        self.clips, self.sizes, self.lost = Clips(
             manifest, self.tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
-            train=config.task != "probe", seed=config.seed, flip=config.flip,
-            squash=config.squash, boxes=config.boxes, rand_augment=config.rand_augment,
-            whole_word_masking=config.whole_word_masking, answers=self.answers,
-            false_texts=config.false_texts if drawn else 0)
-        self.lost = []
-        if config.task == "probe":
-            clips, self.lost = cls_features(self.model, clips, Path(config.out) / "features.pt",
-                                            config, self.device, self.run.say)
-        return clips
+            train=not probe, seed=config.seed, flip=config.flip, squash=config.squash,
+            boxes=config.boxes, rand_augment=config.rand_augment, answers=self.answers,
+            whole_word_masking=config.whole_word_masking,
+            false_texts=config.false_texts if "rank" in config.objectives else 0
+        ), manifest.sizes, []
+        if probe:                                              # computed once: all else is frozen
+            self.clips, self.lost = cls_features(self.model, self.clips, self.run.folder /
+                                                 "features.pt", config, self.device, self.run.say)
+            self.sizes = [sum(clip["set"] == k for clip in self.clips)
+                          for k in range(len(manifest.sizes))]
 
     def stream(self):
         """This process's passes from the run's step on (see data.Batches, data.load)."""
-        config, clips, probe = self.config, self.clips, self.config.task == "probe"
-        keys = Batches([len(clips)] if probe else clips.manifest.sizes, self.batch, config.seed,
-                       self.rank, self.world, self.run.state["step"], self.passes, self.steps,
-                       config.mix)
-        if probe:
+        config, clips = self.config, self.clips
+        keys = Batches(self.sizes, self.batch, config.seed, self.rank, self.world,
+                       self.run.state["step"], self.passes, self.steps, config.mix)
+        if config.task == "probe":
             return (torch.utils.data.default_collate([clips[i] for i, _ in key]) for key in keys)
         # VTM pairs are drawn within 8 (4, 2) neighbours: as many as make up a pass of any layout
         group = math.gcd(self.size, 8) if self.size % 2 == 0 else self.size
-        passes = load(clips, keys, functools.partial(collate, clips=clips, group=group),
-                      config.workers, config.timeout)
-        return one_ahead(passes) if config.workers else passes
+        return load(clips, keys, functools.partial(collate, clips=clips, group=group),
+                    config.workers, config.timeout)
 
     def train(self) -> None:
         run, config, stream = self.run, self.config, self.stream()
         self.since = run.state["step"], time.monotonic()
         if self.lost and not run.state["step"]:
             self.count_clips(torch.tensor([[len(self.clips), len(self.lost)]]), self.lost)
+        coming = self.next_passes(stream)
         for step in range(run.state["step"], self.steps):              # where are we
             lr = self.set_lr(step)                                     # the learning rate
-            micros = self.next_passes(stream)                          # which batch
+            micros = coming                                            # which batch
             if step == 0 and run.first:
                 self.show(micros[0])
             sums = self.gradients(micros, step)                        # which losses
+            coming = self.next_passes(stream)                          # while the GPU is busy
             parts, failures, stop = self.agree(sums, micros)           # over all processes
             self.check_finite(parts, micros, step)
             self.update(step)
@@ -687,20 +575,27 @@ class Trainer:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)                  # all is saved: stop at once
         self.validate()
 
+    def next_passes(self, stream) -> list[dict]:
+        """The passes of a step, none after the last; the time this takes is waiting for data."""
+        start = time.monotonic()
+        micros = [micro for micro in (next(stream, None) for _ in range(self.passes)) if micro]
+        if self.device.type == "cuda":                         # copied while the GPU computes
+            micros = [{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in micro.items()}
+                      for micro in micros]
+        self.waited += time.monotonic() - start
+        return micros
+
     def show(self, batch: dict) -> None:
         """samples.png, what the model is fed: frames, text and masked text, matched or not."""
-        if "video" not in batch:
-            return
-        texts, rows = batch["text_ids"].flatten(0, -2), []
-        source = batch.get("vtm_source", torch.arange(len(batch["video"])))
-        for i, s in enumerate(source[:8].tolist()):
-            words = [texts[i * (len(texts) // len(source))],           # the first of its options
-                     *batch.get("mlm_ids", texts[:0])[i:i + 1]]
-            said = " / ".join(" ".join(self.tokenizer.words.id_to_token(w) for w in ids.tolist()
-                                       if w != self.tokenizer.pad_id) for ids in words)
+        source, rows = batch.get("vtm_source", range(len(batch.get("video", ())))), []
+        for i, s in enumerate(map(int, source[:8])):
+            texts = batch["text_ids"][i].flatten(), *batch.get("mlm_ids", ())[i:i + 1]
+            said = [" ".join(self.tokenizer.words.id_to_token(word) for word in ids.tolist()
+                             if word != self.tokenizer.pad_id) for ids in texts]
             matched = "matched" if s == i else "not matched"
-            rows.append((f"{matched}: {said}", list(batch["video"][s])))
-        save_picture(self.run.folder / "samples.png", rows)
+            rows.append((f"{matched}: {' / '.join(said)}", list(batch["video"][s])))
+        if rows:
+            save_picture(self.run.folder / "samples.png", rows)
 
     def set_lr(self, step: int) -> float:
         lr = lr_at(step, self.steps, self.config.lr, self.config.warmup)
@@ -708,30 +603,23 @@ class Trainer:
             group["lr"] = lr * group["factor"]
         return lr
 
-    def next_passes(self, stream) -> list[dict]:
-        """The passes of a step; the time this takes is waiting for data."""
-        start = time.monotonic()
-        micros = [next(stream) for _ in range(self.passes)]
-        self.waited += time.monotonic() - start
-        return micros
+    def table(self) -> Tensor:
+        """(manifests, 2): sums, and of how many, on the device."""
+        return torch.zeros(len(self.sizes), 2, device=self.device)
 
-    def gradients(self, micros: list[dict], step: int) -> dict[str, list]:
-        """Forward and backward of this process's passes: sums {name: [(sum, of), ...] by pass}."""
+    def gradients(self, micros: list[dict], step: int) -> dict[str, Tensor]:
+        """Forward and backward of this process's passes. Returns {name: table of (sum, of)}."""
         words = sum(int((m["mlm_labels"] >= 0).sum()) for m in micros if "mlm_labels" in m)
         words = torch.tensor(float(words), device=self.device)
         dist.all_reduce(words)
         totals = {"mlm": words.clamp(min=1)}                   # of others: clips of the step
         inputs = [{k: v.to(self.device, non_blocking=True) for k, v in micro.items()
                    if isinstance(v, Tensor)} for micro in micros]
-        seeds = [mix(self.config.seed, step, self.rank, i) for i in range(len(inputs))]  # dropout's
-        if len(inputs) > 1 and "vtc" in self.config.objectives:
-            with self.autocast():
-                found = contrast(self.objectives, inputs, seeds)
-            inputs = [{**batch, "contrast": one} for batch, one in zip(inputs, found)]
-        self.flops = self.flops or len(inputs) * self.count_flops(inputs[0])
-        sums = {"clips": [(len(m["where"]), len(m.get("errors", ()))) for m in micros]}
-        for i, batch in enumerate(inputs):
-            torch.manual_seed(seeds[i])
+        if self.peak and not self.flops:
+            self.flops = len(inputs) * self.count_flops(inputs[0])
+        sums = {}
+        for i, (micro, batch) in enumerate(zip(micros, inputs)):
+            torch.manual_seed(mix(self.config.seed, step, self.rank, i))       # dropout's
             last = i == len(inputs) - 1                                # DDP averages then only
             with contextlib.nullcontext() if last else self.ddp.no_sync():
                 with self.autocast():
@@ -739,8 +627,10 @@ class Trainer:
                 loss = sum(WEIGHTS.get(name, 1) * parts[name][0] * self.world
                            / totals.get(name, self.batch) for name in self.config.objectives)
                 self.scaler.scale(loss).backward()
+            parts["clips"] = len(micro["where"]), len(micro.get("errors", ()))
             for name, pair in parts.items():
-                sums.setdefault(name, []).append(pair)
+                sums.setdefault(name, self.table())[int(micro["set"][0])] += torch.stack([
+                    torch.as_tensor(x, device=self.device).detach().float() for x in pair])
         return sums
 
     def count_flops(self, batch: dict) -> int:
@@ -753,20 +643,19 @@ class Trainer:
         return counter.get_total_flops()
 
     def agree(self, sums: dict, micros: list[dict]) -> tuple[dict, list[str], bool]:
-        """Sums over processes, {name: (manifests, 2)} of (sum, of), with the gradient norm; what
-        could not be read; whether to stop. The step's one wait for the device."""
+        """Sums over processes, with the gradient norm; what could not be read; whether to stop.
+
+        The step's one wait for the device.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()
                                         if p.grad is not None])
-        table = torch.zeros(len(sums) + 1, len(self.run.state["sets"]), 2, device=self.device)
-        for row, pairs in zip(table, sums.values()):
-            for micro, pair in zip(micros, pairs):
-                row[int(micro["set"][0])] += torch.stack([
-                    torch.as_tensor(x, device=self.device).detach().float() for x in pair])
-        table[-1, 0] = torch.stack([norm, torch.full_like(norm, self.run.must_stop())])
-        dist.all_reduce(table)
-        *tables, ((norm, stop), *_) = table.double().cpu()
-        parts = dict(zip(sums, tables))
+        last = self.table()
+        last[0] = torch.stack([norm, torch.full_like(norm, self.run.must_stop())])
+        tables = torch.stack([*sums.values(), last])
+        dist.all_reduce(tables)
+        *tables, last = tables.double().cpu()
+        parts, (norm, stop) = dict(zip(sums, tables)), last[0]
         parts["grad_norm"] = torch.stack([norm, torch.full_like(norm, self.world)])[None]
         failures = [error for micro in micros for error in micro.get("errors", ())]
         if parts["clips"][:, 1].any():                                 # the log names them all
@@ -806,12 +695,8 @@ class Trainer:
                              + "; ".join(self.lost[-3:]))
 
     def log(self, parts: dict, lr: float) -> None:
-        """One step's sums into the window; every log_every steps and at the last, a line.
-
-        A line says step, lr, losses and accuracies (means since the last line; by manifest if there
-        are several), gradient norm, clips/s, MFU, share of time spent waiting for data, memory,
-        unreadable clips so far, seconds left.
-        """
+        """One step's sums into the window; every log_every steps and at the last, a line: means
+        since the last line, also by manifest if there are several, and how fast it goes."""
         step, sets, window = (self.run.state[key] for key in ("step", "sets", "window"))
         for name, table in parts.items():
             if table.isfinite().all():                         # fp16: an overflow is no step
@@ -825,18 +710,20 @@ class Trainer:
                 | {name: mean(table[k]) for name, table in window.items()
                    if len(table) > 1 and table[k, 1]}
                 for k, data in enumerate(self.run.description["data"])}
+        self.run.log["curve"].append({"step": step, **record})
         window.clear()
         n, seconds = step - self.since[0], time.monotonic() - self.since[1]
         memory = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        record |= {"clips_per_s": n * self.batch / seconds,
-                   "mfu": n * self.flops / seconds / self.peak, "data_wait": self.waited / seconds,
-                   "memory_gb": memory / 1e9, "unreadable": int(sets[:, 1].sum()),
-                   "eta_s": (self.steps - step) * seconds / n}
+        meter = {"clips_per_s": n * self.batch / seconds, "data_wait": self.waited / seconds,
+                 "memory_gb": memory / 1e9, "unreadable": int(sets[:, 1].sum()),
+                 "eta_s": (self.steps - step) * seconds / n}
+        if self.peak:
+            meter["mfu"] = n * self.flops / seconds / self.peak
         self.since, self.waited = (step, time.monotonic()), 0.0
-        self.run.write(**record)
+        self.run.write(**record, **meter)
         self.run.say(f"step {step}/{self.steps}  " + "  ".join(
-            f"{k} {v:.3g}" for k, v in record.items() if k != "sets"))
+            f"{k} {v:.3g}" for k, v in (record | meter).items() if k != "sets"))
 
     def validate(self) -> None:
         """Scores --val; the best so far is kept where --val_every asks for choosing."""
