@@ -1952,6 +1952,16 @@ def test_compiling_breaks_no_graph_and_stops_at_the_second_text_length():
     assert seen == [1, 2, 2]                              # then text of any length
 
 
+def test_a_probe_of_two_manifests_reads_each_pass_from_one_of_them(trainer, clips, tmp_path):
+    lines = [{"video": f"{clips}/{i}.png", "answer": "still"} for i in range(3)]
+    (tmp_path / "images.jsonl").write_text(jsonl(*lines))
+    one = trainer("--task", "probe", "--data", clips / "qa.jsonl", tmp_path / "images.jsonl",
+                  "--mix", 1, 3, "--batch", 2, "--vocab", "train")
+    sets = [batch["set"].tolist() for batch in one.stream()]
+    assert one.sizes == [7, 3] and sum(pair == [1, 1] for pair in sets) == 9
+    assert all(pair in ([0, 0], [1, 1]) for pair in sets) and len(sets) == 12
+
+
 def test_any_batch_is_cut_into_the_fewest_equal_passes():
     def cut(batch, most, world=1):
         return train.split_batch(train.TrainConfig(batch=batch, batch_per_gpu=most), world)

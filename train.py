@@ -522,13 +522,13 @@ class Trainer:
     def open_clips(self, manifest: Manifest) -> None:
         """The samples to train on, `sizes` of each manifest; of a probe their features."""
         config, c, probe = self.config, self.model.config, self.config.task == "probe"
-        self.clips, self.sizes, self.lost = Clips(
+        self.clips = Clips(
             manifest, self.tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
             train=not probe, seed=config.seed, flip=config.flip, squash=config.squash,
             boxes=config.boxes, rand_augment=config.rand_augment, answers=self.answers,
             whole_word_masking=config.whole_word_masking,
-            false_texts=config.false_texts if "rank" in config.objectives else 0
-        ), manifest.sizes, []
+            false_texts=config.false_texts if "rank" in config.objectives else 0)
+        self.sizes, self.lost = manifest.sizes, []
         if probe:                                              # computed once: all else is frozen
             self.clips, self.lost = cls_features(self.model, self.clips, self.run.folder /
                                                  "features.pt", config, self.device, self.run.say)
