@@ -1800,10 +1800,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     assert re.search(message + ".*; trying the checkpoint before it\n", printed), printed
     assert "at step 10" in printed
     same_bits(out, whole_run)
-    (out / "log.jsonl").write_bytes(b"\xff[1]\n")         # a damaged log stops no resume
-    assert "at step 12" in pretrain(clips, out, "--steps", 13) and log_of(out, 1)[-1]["step"] == 13
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):   # the damaged one was not kept as it
         torch.load(out / name, weights_only=True)
+    (out / "log.jsonl").write_bytes(b"\xff[1]\n")         # a damaged log stops no resume
+    assert "at step 12" in pretrain(clips, out, "--steps", 13) and log_of(out, 1)[-1]["step"] == 13
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (out / name).write_bytes(b"damaged")
     assert "no checkpoint of train.py in" in pretrain(clips, out, code=1)
 

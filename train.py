@@ -211,13 +211,8 @@ class Objectives(nn.Module):
     def forward(self, batch: dict) -> dict[str, tuple]:
         parts, labels = {}, batch["label"]
         B = torch.tensor(len(labels))
-        if "vtc" in self.objectives:           # each modality alone; negatives: a pass of all GPUs
-            ids, mask = batch["text_ids"], batch["text_mask"]
-            if ids.dim() == 3:                 # retrieval: the first is the clip's own caption
-                ids, mask = ids[:, 0], mask[:, 0]
-            text = self.model.text_proj(self.model.encode_text(ids, mask)[:, 0])
-            video = self.model.video_proj(self.model.encode_video(batch["video"])[:, 0])
-            parts["vtc"] = vtc_loss(gather(text), gather(video)) * B, B
+        if "vtc" in self.objectives:           # negatives: all of one pass, on all processes
+            parts["vtc"] = vtc_loss(*map(gather, self.unimodal(batch))) * B, B
         if "mlm" in self.objectives or "vtm" in self.objectives:
             words, matched, (text, video) = score_pretraining(self.model, batch, self.objectives)
         if "mlm" in self.objectives:
@@ -236,6 +231,15 @@ class Objectives(nn.Module):
             parts[name] = F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum"), B
             parts[f"{name}_accuracy"] = count_right(scores, labels)
         return parts
+
+    def unimodal(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Text and video, each alone, encoded and projected: both (B, vtc_dim)."""
+        ids, mask = batch["text_ids"], batch["text_mask"]
+        if ids.dim() == 3:                         # retrieval: the first is the clip's own caption
+            ids, mask = ids[:, 0], mask[:, 0]
+        text = self.model.encode_text(ids, mask)[:, 0]
+        video = self.model.encode_video(batch["video"])[:, 0]
+        return self.model.text_proj(text), self.model.video_proj(video)
 
 
 def gather(features: Tensor) -> Tensor:
