@@ -66,8 +66,7 @@ TINY = Config(width=32, depth=3, heads=2, image_size=64, vocab_size=50, max_text
 def test_the_house_rules_hold():
     """What each file may import, and where; lines of at most 100 columns."""
     ours = {"allinone", "data", "eval", "train"}
-    allowed = {"allinone": set(), "data": set(), "eval": {"allinone", "data"},
-               "train": {"allinone", "data", "eval"}}
+    allowed = {"eval": {"allinone", "data"}, "train": ours - {"train"}, "test_allinone": ours}
     for path in HERE.glob("*.py"):
         text, imported = path.read_text(), set()
         assert all(len(line) <= 100 for line in text.splitlines()), path
@@ -76,7 +75,7 @@ def test_the_house_rules_hold():
                 assert node.col_offset == 0, f"{path}:{node.lineno}: an import inside a function"
                 names = [getattr(node, "module", None) or alias.name for alias in node.names]
                 imported |= {name.split(".")[0] for name in names}
-        assert ours & imported <= allowed.get(path.stem, ours), path
+        assert ours & imported <= allowed.get(path.stem, set()), path
         if path.stem == "allinone":
             assert imported - {"torch"} <= sys.stdlib_module_names
 
@@ -101,16 +100,6 @@ def words(B=1, m=8, seed=2) -> torch.Tensor:
     return torch.randint(5, 50, (B, m), generator=g)
 
 
-def rows_of_block(model, number, video, ids) -> tuple[torch.Tensor, torch.Tensor]:
-    """What block `number` gets and gives for one clip: both (S, m+1+n, D)."""
-    kept = []
-    hook = model.blocks[number].register_forward_hook(
-        lambda module, args, out: kept.append((args[0], out)))
-    model(video, ids)
-    hook.remove()
-    return kept[0]
-
-
 # ---- Unified transformer (Sec. 3.1) and token rolling (Sec. 3.2) --------------------------------
 
 @pytest.mark.parametrize("fields, reach", [          # of the last of 5 frames: itself, then back
@@ -119,51 +108,49 @@ def rows_of_block(model, number, video, ids) -> tuple[torch.Tensor, torch.Tensor
     (dict(roll_start=3), 2), (dict(roll_start=4), 1),                        # Tab. 11a
     (dict(temporal="timesformer", depth=1), 5), (dict(temporal="decoupled", depth=1), 5)])
 def test_with_each_rolling_block_text_and_video_tokens_view_one_frame_more(fields, reach):
-    model = build(**{"frames": 5, **fields})
-    for tokens in (slice(0, 8), slice(8, None)):                             # text, video
-        video = clip(S=5).requires_grad_()
-        rows_of_block(model, -1, video, words())[1][4, tokens].pow(2).sum().backward()
-        seen = video.grad[0].abs().amax((1, 2, 3)) > 0
+    model, video = build(**{"frames": 5, **fields}), clip(S=5).requires_grad_()
+    for tokens in model.transform(model.embed_video(video), model.embed_text(words())):
+        grad, = torch.autograd.grad(tokens[0, 4, :, 0].pow(2).sum(), video, retain_graph=True)
+        seen = grad[0].abs().amax((1, 2, 3)) > 0
         assert seen.flip(0).tolist() == [back < reach for back in range(5)]
 
 
 @pytest.mark.parametrize("ratio", [0, 0.1, 0.25, 0.5, 0.75])                 # Tab. 8b
-@pytest.mark.parametrize("select", get_args(Select))                         # Tab. 11b
+@pytest.mark.parametrize("select", get_args(Select))                         # Tab. 11b, App. C.2
 def test_a_frame_reads_exactly_the_stated_share_of_its_patches_from_the_frame_before(ratio, select):
+    k = round(ratio * 196)                                                   # 49 of 196 at 0.25
     for S, layer in [(3, 1), (3, 2), (3, 9), (1, 1)]:                        # one frame: no roll
         frame, slot = torch.arange(S)[:, None], torch.arange(1 + 196)
-        tokens = torch.stack(torch.broadcast_tensors(frame, slot), -1).float()
+        tokens = torch.stack(torch.broadcast_tensors(frame, slot), -1)
         out = token_rolling(tokens, S, ratio, select=select, layer=layer)
         moved = out[..., 0] != frame
-        assert (moved.sum(1) == round(ratio * 196) * (S > 1)).all()          # 49 of 196 at 0.25
-        assert torch.equal(out[..., 0], torch.where(moved, (frame - 1) % S, frame).float())
-        assert (out[..., 1] == slot).all() and not moved[:, 0].any()         # cls never rolls
+        assert (moved.sum(1) == k * (S > 1)).all() and not moved[:, 0].any()           # never cls
+        assert torch.equal(out[..., 0], torch.where(moved, (frame - 1) % S, frame))
+        assert (out[..., 1] == slot).all()
+        start = (layer - 1) * k if select == "varying" else 0                # past the end: anew
+        block = sorted(1 + (start + i) % 196 for i in range(k)) * (S > 1)
+        assert select == "random" or moved[0].nonzero().flatten().tolist() == block
 
 
-def test_selections_differ_as_appendix_C2_says_and_the_release_rolls_both_ways():  # Tab. 11b
-    def sources(n, **options) -> str:
-        """From which of three frames each patch of the middle one comes."""
-        frames = torch.arange(3)[:, None, None].expand(-1, 1 + n, 1)
-        return "".join(map(str, token_rolling(frames, 3, 0.25, **options)[1, 1:, 0].tolist()))
-
-    first, second = "0000" + "1" * 12, "1111" + "0000" + "1" * 8
-    for select, layer, rolled in [("block", 1, first), ("block", 2, first),  # one block
-                                  ("varying", 1, first), ("varying", 2, second),
-                                  ("varying", 5, first)]:                    # past the end: anew
-        assert sources(16, select=select, layer=layer) == rolled
+def test_random_selection_draws_anew_and_the_release_rolls_both_ways():  # Tab. 11b
+    frames = torch.arange(3)[:, None, None].expand(-1, 1 + 196, 1)
     torch.manual_seed(0)
-    assert sources(16, select="random") != sources(16, select="random")
-    assert sources(196, roll="release") == "0" * 24 + "1" * 148 + "2" * 24   # 24 each way at 224 px
+    assert not torch.equal(*(token_rolling(frames, 3, select="random") for _ in range(2)))
+    middle = token_rolling(frames, 3, roll="release")[1, 1:, 0].tolist()     # 24 each way at 224 px
+    assert middle == [0] * 24 + [1] * 148 + [2] * 24
 
 
 @pytest.mark.parametrize("roll", ["paper", "release"])
 def test_text_and_class_tokens_never_roll_but_for_the_releases_second_one(roll):  # DeiT's
-    model = build(roll=roll, distilled=True)
-    _, before = rows_of_block(model, 0, clip(), words())
-    after, _ = rows_of_block(model, 1, clip(), words())
-    assert torch.equal(after[:, :9], before[:, :9])                          # text and cls
-    assert torch.equal(after[1, 9], before[1 if roll == "paper" else 0, 9])
-    assert torch.equal(after[1, 10], before[0, 10])                          # the first patch
+    model = build(roll=roll, distilled=True, depth=1)
+    for p in model.blocks.parameters():
+        torch.nn.init.zeros_(p)                                              # it only rolls
+    model.norm = torch.nn.Identity()
+    video, text = model.embed_video(clip())[0], model.embed_text(words())    # (S, 2+n, D)
+    after, texts = (x[0] for x in model.transform(video[None], text))
+    assert (texts == text).all() and torch.equal(after[:, 0], video[:, 0])   # text and cls
+    assert torch.equal(after[1, 1], video[1 if roll == "paper" else 0, 1])
+    assert torch.equal(after[1, 2], video[0, 2])                             # the first patch
 
 
 def test_channel_shift_takes_an_eighth_of_the_channels_from_each_side():  # Tab. 8a, TSM
@@ -174,15 +161,21 @@ def test_channel_shift_takes_an_eighth_of_the_channels_from_each_side():  # Tab.
     assert torch.equal(y[:, :, 4:], x[:, :, 4:])
 
 
-@pytest.mark.parametrize("temporal", get_args(Temporal))
-def test_temporal_modelling_adds_no_parameter_or_starts_as_a_no_op(temporal):  # Tab. 8a; App. B.1
-    plain, video, ids = build(temporal="time_average"), clip(), words()
-    model = AllInOne(replace(TINY, temporal=temporal)).eval()
-    if temporal in ("timesformer", "decoupled"):
-        model.load_state_dict(plain.state_dict(), strict=False)
+@pytest.mark.parametrize("temporal", get_args(Temporal))                     # Tab. 8a; App. B.1
+@pytest.mark.parametrize("frames", [1, 2, 8, 16])                            # Fig. 9
+def test_temporal_modelling_adds_no_parameter_or_starts_as_a_no_op_and_leaves_images(
+        temporal, frames):
+    plain, ids = build(temporal="time_average"), words()
+    factorized = temporal in ("timesformer", "decoupled")
+    model = AllInOne(replace(TINY, temporal=temporal, frames=frames)).eval()
+    model.load_state_dict(plain.state_dict(), strict=not factorized)         # "parameter-free"
+    for video in [clip(S=1)] + [clip(S=frames)] * factorized:
         assert torch.allclose(model(video, ids).pooled, plain(video, ids).pooled, atol=1e-6)
-    else:
-        model.load_state_dict(plain.state_dict())                            # "parameter-free"
+    timed = build(temporal=temporal, frames=frames, temporal_position=True)
+    assert timed(clip(S=frames), ids).video.shape == (1, 17, 32)
+    image = timed(clip(S=1), ids).pooled                                     # an image has no time
+    timed.temporal_embed = None
+    assert torch.equal(image, timed(clip(S=1), ids).pooled)
 
 
 @pytest.mark.parametrize("fields, turned, joint, alone", [
@@ -216,15 +209,6 @@ def test_padding_changes_nothing_and_a_clip_alone_equals_the_clip_in_a_batch(tem
         assert torch.allclose(there, here, atol=1e-5)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 8, 16])                            # Fig. 9
-def test_any_number_of_frames_gives_one_consensus_and_an_image_has_no_time(frames):
-    model = build(frames=frames, temporal_position=True)
-    assert model(clip(S=frames), words()).video.shape == (1, 17, 32)
-    image, plain = clip(S=1), build(frames=frames, temporal="time_average")  # rolls nothing
-    plain.load_state_dict(model.state_dict(), strict=False)
-    assert torch.equal(model(image, words()).pooled, plain(image, words()).pooled)
-
-
 def test_embeddings_can_be_left_out_patches_shuffled_and_pixels_raw():  # Eq. 1; Tab. 10
     names = set(build(temporal_position=True).state_dict())
     for field, name in [("spatial_position", "pos_embed"), ("temporal_position", "temporal_embed"),
@@ -244,22 +228,19 @@ def test_embeddings_can_be_left_out_patches_shuffled_and_pixels_raw():  # Eq. 1;
 
 def test_embeddings_losses_and_the_heads_that_order_candidates_stay_in_float32_under_autocast():
     torch.manual_seed(0)
-    x, text, video = torch.randn(2, 32), torch.randn(4, 6), torch.randn(4, 6)
-    tokens, patches = torch.randn(2, 5, 8), torch.randn(2, 9, 8)
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    exact = [lambda: vtc_loss(text, video),
-             lambda: word_patch_transport(tokens, patches, mask)[0],
-             lambda: vtm_loss(text[:, :2], torch.tensor([0, 1, 1, 0])),
-             lambda: mlm_loss(text, torch.tensor([5, 1, -100, 0]))]
+    x, tokens, mask = torch.randn(4, 32), torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+    exact = [lambda: vtc_loss(x, x.flip(0)), lambda: vtm_loss(x[:, :2], torch.tensor([0, 1, 1, 0])),
+             lambda: word_patch_transport(tokens, tokens.flip(1), mask)[0],
+             lambda: mlm_loss(x, torch.tensor([5, 1, -100, 0]))]
     for kind in ("paper", "release", "linear"):
         model = build(answers=4, answer_head=kind, spatial_position=False, modality_type=False)
         exact += [partial(getattr(model, name), x) for name in (
             "pooler", "vtm_head", "text_proj", "video_proj", "answer_head")]
-    for compute in exact:
+    for compute in [*exact, partial(model.embed_video, clip())]:
         with torch.autocast("cpu", torch.bfloat16):
             under = compute()
-            assert model.embed_video(clip()).dtype is torch.float32
-        assert under.dtype is torch.float32 and torch.allclose(under, compute(), rtol=1e-6)
+        assert under.dtype is torch.float32
+        assert compute not in exact or torch.allclose(under, compute(), rtol=1e-6)
 
 
 def test_activation_checkpointing_computes_each_block_twice_and_changes_no_gradient():
@@ -315,7 +296,7 @@ def test_wrong_inputs_raise_the_message_a_person_needs(wrong, message):
 
 # ---- Training objectives (Sec. 3.3) -------------------------------------------------------------
 
-def test_objectives_by_hand():
+def test_objectives_by_hand():  # VTC and transport: the release's numbers, below
     logits, labels = torch.tensor([[2.0, 0.0], [0.5, 1.5]]), torch.tensor([0, 1])
     by_hand = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2
     assert vtm_loss(logits, labels).item() == pytest.approx(by_hand)
@@ -324,9 +305,6 @@ def test_objectives_by_hand():
     assert torch.allclose(mlm_loss(logits, torch.tensor([3, -100, 7, -100])), expected)
     nothing = mlm_loss(logits, torch.full((4,), -100))
     assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].eq(0).all()
-    text, video = torch.randn(4, 6), torch.randn(4, 6)                       # VTC: symmetric
-    assert vtc_loss(text, video).item() == pytest.approx(vtc_loss(video, text).item(), rel=1e-5)
-    assert vtc_loss(text, text * 3).item() < vtc_loss(text, video).item()    # cosine: scale is free
     distance = torch.tensor([0.25, 0.75], requires_grad=True)                # pulls, pushes
     loss = word_patch_alignment_loss(distance, torch.tensor([1, 0]))
     assert loss == -0.25 and torch.autograd.grad(loss, distance)[0].tolist() == [0.5, -0.5]
@@ -423,6 +401,10 @@ def test_released_checkpoints_load_in_every_form_they_come_in(tmp_path):
     _, report, model = load_released(weights, path, max_text_len=80, frames=8, image_size=96)
     assert sorted(report["resized"]) == [
         "pos_embed", "temporal_embed", "text_embeddings.position_embeddings.weight"]
+    grid = weights["transformer.pos_embed"][:, 1:].mT.reshape(1, 48, 4, 4)   # as timm, Tab. 2a:
+    grid = F.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)    # 224 to 384 px
+    assert torch.allclose(model.pos_embed[:, 1:], grid.flatten(2).mT)
+    assert torch.equal(model.pos_embed[:, 0], weights["transformer.pos_embed"][:, 0])
     assert torch.equal(model.temporal_embed, F.pad(times, (0, 0, 0, 5)))     # the rest is 0
     assert torch.equal(load_release(path, heads=4, frames=2)[0].temporal_embed, times[:, :2])
     few = {k: v for k, v in weights.items() if "_proj" not in k}                        # MLM + ITM
@@ -434,21 +416,16 @@ def test_released_checkpoints_load_in_every_form_they_come_in(tmp_path):
     assert model.config.distilled and report["ignored"] == ["temporal_embed"]
 
 
-class Call:
+def trap(function, *args):
     """Pickles as a call of a function, which whoever unpickles it makes."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call[0], self.call[1:]
+    return type("Trap", (), {"__reduce__": lambda self: (function, args)})()
 
 
 @pytest.mark.parametrize("zipped, protocol", [(True, 2), (True, 4), (False, 2)])  # torch before 1.6
 def test_nothing_that_a_checkpoint_pickles_is_executed(zipped, protocol, tmp_path):
     made = [str(tmp_path / name) for name in "abcd"]
-    traps = [Call(os.mkdir, made[0]), Call(builtins.open, made[1], "w"),
-             Call(torch.save, {}, made[2]), Call(exec, f"import os; os.mkdir('{made[3]}')")]
+    traps = [trap(os.mkdir, made[0]), trap(builtins.open, made[1], "w"),
+             trap(torch.save, {}, made[2]), trap(exec, f"import os; os.mkdir('{made[3]}')")]
     # Config stands for Lightning's classes, which a checkpoint pickles and nobody has installed
     extras = {"traps": traps, "dict": collections.defaultdict(Config, a=TINY), "set": {Config},
               "path": tmp_path, "function": os.mkdir, "array": np.zeros(3), Config: TINY}
@@ -462,16 +439,18 @@ def test_nothing_that_a_checkpoint_pickles_is_executed(zipped, protocol, tmp_pat
 
 # ---- ImageNet initialisation (Sec. 3.1, Tab. 6) --------------------------------------------------
 
-def vit_weights(model: AllInOne) -> dict:
+def vit_weights(change, **fields) -> dict:
+    """A ViT's or DeiT's file with its classifier, changed; None takes a tensor out."""
     names = ("cls_token", "dist_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-    return {k: v.clone() for k, v in model.state_dict().items() if k.startswith(names)} | {
-        "head.weight": torch.zeros(1000, 32), "head.bias": torch.zeros(1000)}
+    weights = {k: v for k, v in build(5, **fields).state_dict().items() if k.startswith(names)}
+    weights |= {"head.weight": torch.zeros(1000, 32), "head.bias": torch.zeros(1000)} | change
+    return {k: v for k, v in weights.items() if v is not None}
 
 
 @pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": w}])      # timm; DeiT
 @pytest.mark.parametrize("spatial", [True, False])                           # Tab. 10
 def test_attention_and_mlp_are_initialised_from_vit_or_deit(wrap, spatial, tmp_path):
-    weights, model = vit_weights(build(seed=5)), build(seed=6, spatial_position=spatial)
+    weights, model = vit_weights({}), build(spatial_position=spatial)
     torch.save(wrap(weights), tmp_path / "vit.pth")
     report = load_vit(model, tmp_path / "vit.pth")
     unused = ["head.weight", "head.bias"] + ["pos_embed"] * (not spatial)
@@ -480,29 +459,18 @@ def test_attention_and_mlp_are_initialised_from_vit_or_deit(wrap, spatial, tmp_p
     assert all(torch.equal(model.state_dict()[k], weights[k]) for k in report["loaded"])
 
 
-def test_patch_positions_are_interpolated_to_a_larger_grid(tmp_path):  # Tab. 2a, 224 -> 384 px
-    source, model = build(seed=5), build(image_size=96)
-    torch.save(vit_weights(source), tmp_path / "vit.pth")
-    assert load_vit(model, tmp_path / "vit.pth")["resized"] == ["pos_embed"]
-    as_timm = F.interpolate(source.pos_embed[:, 1:].mT.reshape(1, 32, 4, 4), size=(6, 6),
-                            mode="bicubic", align_corners=False).flatten(2).mT
-    assert torch.allclose(model.pos_embed, torch.cat([source.pos_embed[:, :1], as_timm], 1))
-
-
-def vit_with(change: dict, **fields):
-    """(loader, content) of ViT weights changed so; None takes a tensor out."""
-    weights = vit_weights(build(**fields)) | change
-    return partial(load_vit, build()), {k: v for k, v in weights.items() if v is not None}
+def into_vit(path):
+    return load_vit(build(), path)
 
 
 @pytest.mark.parametrize("load, content, message", [
     (load_release, b"", "or damaged"), (load_release, b"not one at all", "not a file of weights"),
     (load_release, {"state_dict": {"fc.weight": torch.zeros(2)}}, "not a released All-in-one"),
     (load_release, [1, 2], "holds a list"), (load_release, None, "no such file"),
-    (*vit_with({"blocks.0.gamma": torch.zeros(1)}), r"1 unknown tensors, .*\(blocks.0.gamma\)"),
-    (*vit_with({"norm.bias": None}), r"1 missing \(norm.bias\)"),
-    (*vit_with({"cls_token": torch.zeros(1, 1, 64)}), "another variant"),
-    (*vit_with({}, distilled=True), r"1 unknown .*\(dist_token\).*--distilled")])      # DeiT's
+    (into_vit, vit_weights({"blocks.0.gamma": torch.zeros(1)}), r"1 unknown .*\(blocks.0.gamma\)"),
+    (into_vit, vit_weights({"norm.bias": None}), r"1 missing \(norm.bias\)"),
+    (into_vit, vit_weights({"cls_token": torch.zeros(1, 1, 64)}), "another variant"),
+    (into_vit, vit_weights({}, distilled=True), r"1 unknown .*\(dist_token\).*--distilled")])
 def test_a_wrong_file_of_weights_gets_a_clear_error(load, content, message, tmp_path):
     path = tmp_path / "wrong.ckpt"
     if isinstance(content, bytes):
