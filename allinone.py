@@ -1,7 +1,7 @@
 """All in One: one transformer for raw video patches and words, in one file (CVPR 2023).
 
-Needs torch and the standard library only: copying this file is the whole installation. It follows
-the paper: sizes, Eq. 1, Eq. 2, consensus, block, heads, rolling (Sec. 3.2), objectives (Sec. 3.3).
+Needs torch and the standard library only: copying this file is the whole installation. In the
+paper's order: sizes, Eq. 1, Eq. 2, consensus, block, heads, rolling (Sec. 3.2), objectives (3.3).
 
     model = AllInOne(Config())                                 # All-in-one-B, randomly initialised
     features = model(video, text_ids, text_mask)               # Features, below
@@ -10,17 +10,18 @@ the paper: sizes, Eq. 1, Eq. 2, consensus, block, heads, rolling (Sec. 3.2), obj
 Notation (the paper uses P and V twice each, so these are ours):
     B clips    S frames of a clip    m text tokens    P patch side in pixels    n = HW/P^2 patches
     D width    L blocks    |V| words in the vocabulary
-Rows: where a tensor has B*S rows, the S frames of a clip are adjacent (row = b*S + s).
-A joint row, one frame and its copy of the text: [text cls, m-1 text tokens, video cls, n patches].
+Of B*S rows, row b*S + s is frame s of clip b and its copy of the text: [text cls, m-1 text tokens,
+video cls, n patches].
 "Release" names the authors' code, which decides where the paper is silent; each such place says so.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -76,19 +77,15 @@ class Config:
 
     def __post_init__(self):
         for field, hint in get_type_hints(Config).items():
-            value, words = getattr(self, field), get_args(hint)
-            if words and value not in words:
-                raise ValueError(f"{field} is {value!r}; it can be {', '.join(map(repr, words))}")
-            if hint is int and value < (field != "answers"):
-                raise ValueError(f"{field} is {value}; it must be 1 or more")
-        for wrong, rule in (
-                (self.width % self.heads, "width must be divisible by heads"),
-                (self.image_size % self.patch_size, "image_size ... by patch_size"),
-                (not 0 <= self.roll_ratio <= 1, "roll_ratio is a share of the patches, 0 to 1"),
-                (self.roll != "paper" and self.roll_select != "block",
-                 "only roll 'paper' has a roll_select other than 'block'")):
-            if wrong:
-                raise ValueError(f"{rule}; got {self}")
+            value, words, least = getattr(self, field), get_args(hint), int(field != "answers")
+            if words and value not in words or hint is int and value < least:
+                can_be = " or ".join(map(repr, words)) or f"{least} or more"
+                raise ValueError(f"{field} is {value!r}; it can be {can_be}")
+        if self.width % self.heads or self.image_size % self.patch_size:
+            raise ValueError(f"heads must divide width, and patch_size image_size; got {self}")
+        if not 0 <= self.roll_ratio <= 1 or self.roll == "release" and self.roll_select != "block":
+            raise ValueError("roll_ratio is a share of the patches, 0 to 1; only roll 'paper' has "
+                             f"a roll_select other than 'block'; got {self}")
 
     @property
     def patches(self) -> int:
@@ -111,16 +108,12 @@ class AllInOne(nn.Module):
     """The All-in-one Transformer (Fig. 2): video and text through the same L blocks.
 
     Three passes: `forward` (joint), `encode_video` and `encode_text` (unimodal, Sec. 3.3 VTC).
-    Heads are attributes: vtm_head, mlm_head, text_proj, video_proj, and answer_head if the config
-    has answers. Weights are named as in timm's ViT and in BERT.
+    Heads are attributes, applied by the caller. Weights are named as in timm's ViT and in BERT.
 
     video: (B, S, 3, H, W), uint8 RGB, normalised here, or floats already normalised. S = 1 is an
-        image: nothing rolls, and no temporal position is added (release). S may be less than
-        config.frames; more only without temporal positions.
+        image; S is at most config.frames if there are temporal positions. Else: ValueError.
     text_ids: (B, m) int64, [CLS] first. text_mask: (B, m) bool, False at padding; None: no padding.
     """
-
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # ImageNet's; release
 
     def __init__(self, config: Config):
         super().__init__()
@@ -131,13 +124,13 @@ class AllInOne(nn.Module):
 
         def table(wanted: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(*shape)) if wanted else None
+
         self.text_embeddings = nn.ModuleDict({
             "word_embeddings": nn.Embedding(c.vocab_size, D),               # T of Eq. 1
             "position_embeddings": nn.Embedding(c.max_text_len, D),         # T^pos
-            "LayerNorm": nn.LayerNorm(D, eps=1e-12),
-        })
-        self.patch_embed = nn.ModuleDict({                                  # V of Eq. 1
-            "proj": nn.Conv2d(3, D, kernel_size=c.patch_size, stride=c.patch_size)})
+            "LayerNorm": nn.LayerNorm(D, eps=1e-12)})
+        self.patch_embed = nn.ModuleDict({
+            "proj": nn.Conv2d(3, D, c.patch_size, stride=c.patch_size)})    # V
         self.cls_token = table(True, 1, 1, D)                               # v_class
         self.dist_token = table(c.distilled, 1, 1, D)
         # V^pos of Eq. 1 is one table of S*n + 1 rows; like the release we add a spatial table
@@ -153,132 +146,112 @@ class AllInOne(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.pooler = ExactLinear(D, D)
         self.vtm_head = ExactLinear(D, 2)                                   # logit 1: matched
-        # BERT's, not tied to word_embeddings (release). Give it masked positions only: |V| logits
-        # for each token of a batch would be most of its memory.
+        # BERT's, not tied to word_embeddings (release); masked positions only, or memory overflows
         self.mlm_head = nn.Sequential(OrderedDict(
             dense=nn.Linear(D, D), gelu=nn.GELU(), LayerNorm=nn.LayerNorm(D, eps=1e-12),
             decoder=nn.Linear(D, c.vocab_size)))
-        self.text_proj = ExactLinear(D, c.vtc_dim)
-        self.video_proj = ExactLinear(D, c.vtc_dim)
+        self.text_proj, self.video_proj = ExactLinear(D, c.vtc_dim), ExactLinear(D, c.vtc_dim)
         if c.answers:
             self.answer_head = answer_head(c.answer_head, D, c.answers)
 
-        for name, values in (("mean", self.MEAN), ("std", self.STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        for name, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(rgb).view(3, 1, 1), persistent=False)
         for name, p in self.named_parameters():    # Tab. 6, first row; temporal positions stay 0
             if p.ndim == 1:                                        # LayerNorm's weight, any bias
                 nn.init.constant_(p, float(name.endswith("weight")))
             elif name != "temporal_embed":
                 nn.init.trunc_normal_(p, std=c.init_std)
-        if c.temporal in ("timesformer", "decoupled"):             # they start as a no-op
-            self.factorized = nn.ModuleList(FactorizedAttention(c) for _ in range(c.depth))
+        factorized = c.temporal in ("timesformer", "decoupled")    # these start as a no-op
+        self.factorized = nn.ModuleList(FactorizedAttention(c) for _ in self.blocks if factorized)
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
         """t-hat of Eq. 1. (B, m) -> (B, m, D). LayerNorm and dropout before the type: release."""
-        m = text_ids.shape[1]
-        if m > self.config.max_text_len:
-            raise ValueError(f"text has {m} tokens, the model has positions for "
-                             f"{self.config.max_text_len}: shorten the text or set --max_text_len")
-        e = self.text_embeddings
+        c, e, m = self.config, self.text_embeddings, text_ids.shape[1]
+        if m > c.max_text_len:
+            raise ValueError(f"{m} text tokens, positions for {c.max_text_len}: see --max_text_len")
         text = e["word_embeddings"](text_ids) + e["position_embeddings"].weight[:m]
         text = self.drop(e["LayerNorm"](text))                     # (B, m, D)
         return text if self.type_embeddings is None else text + self.type_embeddings[0]
 
-    def embed_video(self, video: Tensor, patch_order: Tensor | None = None) -> Tensor:
-        """v-hat of Eq. 1. (B, S, 3, H, W) -> (B, S, 1+n, D).
-
-        patch_order: (B*S, n), which raster patch stands in each slot; None: as the config says.
-        """
-        c, size = self.config, self.config.image_size
-        if video.dim() != 5 or video.shape[2] != 3:
-            raise ValueError(f"video must be (B, S, 3, H, W), got {tuple(video.shape)}; a clip of "
-                             "(B, 3, S, H, W) needs .transpose(1, 2), a single image [:, None]")
-        if video.shape[3:] != (size, size):
-            raise ValueError(f"frames are {tuple(video.shape[3:])} px, the model was built for "
-                             f"{(size, size)}: crop them, or build it with another image_size")
-        B, S = video.shape[:2]
-        if self.temporal_embed is not None and S > c.frames:
-            raise ValueError(f"the clip has {S} frames, the model temporal positions for "
-                             f"{c.frames}: set --frames {S}, or --no-temporal_position")
+    def embed_video(self, video: Tensor) -> Tensor:
+        """v-hat of Eq. 1. (B, S, 3, H, W) -> (B, S, 1+n, D)."""
+        c, (B, S), size = self.config, video.shape[:2], self.config.image_size
+        if video.shape[2:] != (3, size, size) or self.temporal_embed is not None and S > c.frames:
+            raise ValueError(f"video is {tuple(video.shape)}, the model was built for (B, S, 3, "
+                             f"{size}, {size}), S up to --frames {c.frames}; (B, 3, S, H, W) needs "
+                             ".transpose(1, 2), a single image [:, None]")
         if video.dtype == torch.uint8:
             video = (video / 255 - self.mean) / self.std
         patches = self.patch_embed["proj"](video.flatten(0, 1))    # (B*S, D, H/P, W/P)
         patches = patches.flatten(2).transpose(1, 2).to(self.cls_token.dtype)       # (B*S, n, D)
-        cls = self.cls_token
-        if c.distilled:
-            cls = torch.cat([cls, self.dist_token], 1)
+        cls = torch.cat([self.cls_token, self.dist_token], 1) if c.distilled else self.cls_token
         if self.pos_embed is not None:
             cls = cls + self.pos_embed[:, :self.specials]
             patches = patches + self.pos_embed[:, self.specials:]
-        if patch_order is None and c.patch_order == "random":
-            patch_order = torch.rand(patches.shape[:2], device=patches.device).argsort(1)
-        if patch_order is not None:
-            patches = patches.gather(1, patch_order[:, :, None].expand_as(patches))
+        if c.patch_order == "random":
+            order = torch.rand(patches.shape[:2], device=patches.device).argsort(1)  # (B*S, n)
+            patches = patches.gather(1, order[:, :, None].expand_as(patches))
         if self.temporal_embed is not None:                        # on patches, not on cls: release
-            # an image has no time: times 0, not left out, for DDP waits for every gradient
-            times = self.temporal_embed[0, :S] * float(S > 1)
+            times = self.temporal_embed[0, :S] * float(S > 1)      # 0 for an image, not none: DDP
             patches = patches + times.repeat(B, 1)[:, None]
         tokens = torch.cat([cls.expand(B * S, -1, -1), patches], 1)
         tokens = self.drop(tokens).unflatten(0, (B, S))            # (B, S, 1+n, D)
         return tokens if self.type_embeddings is None else tokens + self.type_embeddings[1]
 
-    def transform(self, z: Tensor, S: int, m: int, mask: Tensor | None) -> Tensor:
-        """Eq. 2, d = 1..L, then the final LayerNorm. z: (rows, m + video tokens, D) in and out."""
-        c = self.config
+    def transform(self, video: Tensor, text: Tensor, text_mask: Tensor | None = None):
+        """Eq. 2, d = 1..L, then the final LayerNorm. Each frame has its own copy of the text.
+
+        video: (B, S, 1+n, D) in and out. text: (B, m, D) in, (B, S, m, D) out; "flatten" has one
+        copy, S = 1. Either may be without tokens.
+        """
+        c, m, shape, mask = self.config, text.shape[1], video.shape, None
+        if c.temporal == "flatten":
+            video = video.flatten(1, 2)[:, None]                   # (B, 1, S(1+n), D)
+        B, S, count = video.shape[:3]
+        z = torch.cat([text[:, None].expand(-1, S, -1, -1), video], 2)      # z^0 = [t-hat; v-hat]
+        z = z.flatten(0, 1)                                        # (B*S, m+1+n, D)
+        if text_mask is not None:                                  # every video token is visible
+            mask = F.pad(text_mask.repeat_interleave(S, 0), (0, count), value=True)[:, None, None]
+        rolls = S > 1 and (m > 0 or c.roll_unimodal)
         # DeiT's second token stays like cls; the release rolls it with the patches
         first = m + (1 if c.roll == "release" else self.specials)
         for d, block in enumerate(self.blocks, start=1):
-            if c.temporal in ("timesformer", "decoupled"):
+            if self.factorized:
                 z = self.factorized[d - 1](z, S, m, mask)
-            elif S > 1 and d >= c.roll_start and (m > 0 or c.roll_unimodal):
-                if c.temporal == "token_rolling":                  # TTR(z^{d-1})
-                    z = token_rolling(z, S, c.roll_ratio, first=first, roll=c.roll,
-                                      select=c.roll_select, layer=d)
-                elif c.temporal == "channel_shift":
-                    z = torch.cat([z[:, :m], channel_shift(z[:, m:], S)], 1)
+            elif rolls and d >= c.roll_start and c.temporal == "token_rolling":
+                z = token_rolling(z, S, c.roll_ratio, first=first, roll=c.roll,      # TTR(z^{d-1})
+                                  select=c.roll_select, layer=d)
+            elif rolls and d >= c.roll_start and c.temporal == "channel_shift":
+                z = torch.cat([z[:, :m], channel_shift(z[:, m:], S)], 1)
             if self.recompute and self.training:
                 z = checkpoint(block, z, mask, use_reentrant=False)
             else:
                 z = block(z, mask)                                 # z^d = MLP(MSA(z^{d-1}))
-        return self.norm(z)
+        z = self.norm(z).unflatten(0, (B, S))                      # (B, S, m+1+n, D)
+        return z[:, :, m:].reshape(shape), z[:, :, :m]
 
-    def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None = None,
-                patch_order: Tensor | None = None) -> Features:
+    def forward(self, video: Tensor, text_ids: Tensor, text_mask: Tensor | None = None) -> Features:
         """Joint pass (Sec. 3.1). Shapes as in the class."""
-        return self.fuse(self.embed_video(video, patch_order), self.embed_text(text_ids), text_mask)
+        return self.fuse(self.embed_video(video), self.embed_text(text_ids), text_mask)
 
     def fuse(self, video: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Features:
-        """Joint pass over embeddings: video (B, S, 1+n, D), text (B, m, D) -> Features.
-
-        z^0 = [t-hat; v-hat] for each frame (Sec. 3.1); "flatten" has S = 1 row of all frames.
-        """
-        S, m, shape = video.shape[1], text.shape[1], video.shape
-        if self.config.temporal == "flatten":
-            video = video.flatten(1, 2)[:, None]                   # (B, 1, S(1+n), D)
-        text = text[:, None].expand(-1, video.shape[1], -1, -1)    # (B, S, m, D)
-        z = torch.cat([text, video], 2).flatten(0, 1)              # (B*S, m+1+n, D)
-        mask = None
-        if text_mask is not None:                                  # every video token is visible
-            rows = text_mask.repeat_interleave(video.shape[1], 0)  # (B*S, m)
-            mask = F.pad(rows, (0, z.shape[1] - m), value=True)[:, None, None]
-        z = self.transform(z, S, m, mask).unflatten(0, video.shape[:2])     # (B, S, m+1+n, D)
-        text, frames = z[:, :, :m].mean(1), z[:, :, m:].reshape(shape)      # p = 1/S sum_i z_i^L
+        """Joint pass over embeddings (Sec. 3.1): video (B, S, 1+n, D), text (B, m, D)."""
+        frames, texts = self.transform(video, text, text_mask)
+        text = texts.mean(1)                                       # p = 1/S sum_i z_i^L
         return Features(text, frames.mean(1), torch.tanh(self.pooler(text[:, 0])), frames)
 
-    def encode_video(self, video: Tensor, patch_order: Tensor | None = None) -> Tensor:
+    def encode_video(self, video: Tensor) -> Tensor:
         """Video-only pass (Sec. 3.3 VTC). (B, S, 3, H, W) -> (B, 1+n, D); [:, 0] is cls."""
-        tokens = self.embed_video(video, patch_order)              # (B, S, 1+n, D)
-        rows = (0, 1) if self.config.temporal != "flatten" else (1, 2)
-        z = self.transform(tokens.flatten(*rows), tokens.shape[1], 0, None)
-        return z.view(tokens.shape).mean(1)                        # (B, 1+n, D)
+        video = self.embed_video(video)
+        return self.transform(video, text=video[:, 0, :0])[0].mean(1)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Text-only pass (Sec. 3.3 VTC). (B, m) -> (B, m, D); [:, 0] is cls. Nothing to roll."""
-        mask = None if text_mask is None else text_mask[:, None, None]
-        return self.transform(self.embed_text(text_ids), 1, text_ids.shape[1], mask)
+        text = self.embed_text(text_ids)
+        return self.transform(text[:, None, :0], text, text_mask)[1].mean(1)
 
 
-# ---- The block (Eq. 2; ViT's, pre-norm with residuals, which the equation leaves out) ------------
+# ---- The block (Eq. 2; ViT's, pre-norm with residuals, which it leaves out), heads (Sec. 3.3) ----
 
 class Attention(nn.Module):
     """MSA of Eq. 2. x: (R, T, D) in and out; mask: bool, (R, 1, 1, T), False hides a key."""
@@ -291,8 +264,7 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.split(x)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = F.scaled_dot_product_attention(*self.split(x), attn_mask=mask)
         return self.drop(self.proj(x.transpose(1, 2).flatten(2)))  # (R, T, D)
 
     def split(self, x: Tensor) -> Tensor:
@@ -328,14 +300,11 @@ class Block(nn.Module):
         return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path, self.training)
 
 
-# ---- Heads (Sec. 3.3, 4.2.1) ---------------------------------------------------------------------
-
 class ExactLinear(nn.Linear):
-    """A Linear that autocast leaves in float32: in bf16 some of a thousand candidates tie."""
+    """A head (Sec. 3.3) that autocast leaves in float32: in bf16 some of 1000 candidates tie."""
 
     def forward(self, x: Tensor) -> Tensor:
-        device = "cpu" if x.is_meta else x.device.type             # meta: to count FLOPs
-        with torch.autocast(device, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
@@ -362,22 +331,17 @@ def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, first: in
         "release" moves floor(ratio/2 * n) leading ones forward and as many trailing ones backward.
     select: which move (App. C.2, Tab. 11b): one "block" (the paper does not say which; here the
         frame's top rows), "random" ones drawn on each call, a block "varying" with layer = 1..L.
-    A permutation: no parameters, and sums over the frames do not change.
-    ValueError if the rows are not whole clips.
+    A permutation without parameters. RuntimeError if the rows are not whole clips.
     """
-    if tokens.shape[0] % frames:
-        raise ValueError(f"{tokens.shape[0]} rows are not whole clips of {frames} adjacent frames")
     n = tokens.shape[1] - first
-    k = round(ratio * n)
+    k = int(ratio / 2 * n) if roll == "release" else round(ratio * n)
     moves = [(slice(first, first + k), +1)]
     if roll == "release":
-        k = int(ratio / 2 * n)
-        moves = [(slice(first, first + k), +1), (slice(first + n - k, first + n), -1)]
+        moves += [(slice(first + n - k, first + n), -1)]
     elif select == "random":
         moves = [(first + torch.randperm(n, device=tokens.device)[:k], +1)]
     elif select == "varying":
-        block = torch.arange(k, device=tokens.device) + (layer - 1) * k
-        moves = [(first + block % n, +1)]
+        moves = [(first + ((layer - 1) * k + torch.arange(k, device=tokens.device)) % n, +1)]
     clips = tokens.unflatten(0, (-1, frames))                      # (B, S, first+n, D)
     rolled = clips.clone()
     for slots, step in moves:
@@ -405,22 +369,16 @@ def vtm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Masked language modelling. logits: (M, |V|) at masked positions; labels: (M,), -100: no word.
-
-    The *sum* over words (none: 0): who knows how many all devices mask divides.
-    """
+    """Masked language modelling, *summed* over words: logits (M, |V|), labels (M,), -100: none."""
     return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
 
 
 def vtc_loss(text: Tensor, video: Tensor, temperature: float = 0.05) -> Tensor:
-    """Video-text contrast, both ways. text, video: (B, vtc_dim) projections, row i of both a pair.
-
-    The temperature of the cosines and the sum (not the mean) of both ways are the release's.
-    """
+    """Video-text contrast, both ways. text, video: (B, vtc_dim) projected; row i of both a pair."""
     with torch.autocast(text.device.type, enabled=False):          # or @ would be in half precision
         text, video = F.normalize(text.float(), dim=-1), F.normalize(video.float(), dim=-1)
         logits = text @ video.T / temperature                      # (B, B)
-    pairs = torch.arange(len(logits), device=logits.device)
+    pairs = torch.arange(len(logits), device=logits.device)        # sum of both ways, 0.05: release
     return F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)
 
 
@@ -431,45 +389,43 @@ class FactorizedAttention(nn.Module):
 
     timesformer: attention over time, then over space, each closed by a Linear (180.8 M for B; the
     paper's 180.5). decoupled: text attends to text, video over time and space (195.0 M; 192).
-    App. B.1 says no more. Both start as a no-op: ImageNet weights are met unchanged at first.
+    App. B.1 says no more. Both start as a no-op, so that ImageNet weights fit at first.
+    z: (B*S, m+1+n, D) in and out, either part may be absent; mask as in Attention.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.specials = 2 if config.distilled else 1
-        decoupled = config.temporal == "decoupled"
+        D, decoupled = config.width, config.temporal == "decoupled"
 
         def branch() -> nn.ModuleDict:
-            attn = Attention(config.width, config.heads, config.dropout)
-            last = nn.Identity() if decoupled else nn.Linear(config.width, config.width)
-            for p in (attn.proj if decoupled else last).parameters():
+            parts = nn.ModuleDict(dict(
+                norm=nn.LayerNorm(D, eps=1e-6), attn=Attention(D, config.heads, config.dropout),
+                last=nn.Identity() if decoupled else nn.Linear(D, D)))
+            for p in list(parts.parameters())[-2:]:                # of the Linear that closes it
                 nn.init.zeros_(p)
-            norm = nn.LayerNorm(config.width, eps=1e-6)
-            return nn.ModuleDict({"norm": norm, "attn": attn, "last": last})
+            return parts
 
         self.time, self.space = branch(), branch()
         self.text = branch() if decoupled else None
 
-    @staticmethod
-    def add(branch: nn.ModuleDict, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x + branch["last"](branch["attn"](branch["norm"](x), mask))
-
     def forward(self, z: Tensor, S: int, m: int, mask: Tensor | None) -> Tensor:
-        """z: (B*S, m+1+n, D) in and out; either part may be empty (unimodal passes)."""
+        def add(branch, x, mask=None):
+            return x + branch["last"](branch["attn"](branch["norm"](x), mask))
+
         text, cls, patches = z.tensor_split((m, m + self.specials), 1)
         if m and self.text is not None:
-            text = self.add(self.text, text, None if mask is None else mask[..., :m])
+            text = add(self.text, text, None if mask is None else mask[..., :m])
         if n := patches.shape[1]:
             tubes = patches.unflatten(0, (-1, S)).transpose(1, 2).flatten(0, 1)      # (B*n, S, D)
-            tubes = self.add(self.time, tubes)
+            tubes = add(self.time, tubes)
             patches = tubes.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)      # (B*S, n, D)
-            video = self.add(self.space, torch.cat([cls, patches], 1))
+            video = add(self.space, torch.cat([cls, patches], 1))                    # (B*S, 1+n, D)
             text = torch.cat([text, video], 1)
         return text
 
 
-def word_patch_transport(text: Tensor, patches: Tensor, text_mask: Tensor, beta: float = 0.5,
-                         steps: int = 50) -> tuple[Tensor, Tensor]:
+def word_patch_transport(text: Tensor, patches: Tensor, text_mask: Tensor) -> tuple:
     """Optimal transport of words to patches (Sec. 4.6; IPOT [39]): the release's, and Fig. 6, 11.
 
     text: (B, m, D), patches: (B, n, D), without cls tokens; text_mask: (B, m) bool, as the text's.
@@ -480,14 +436,13 @@ def word_patch_transport(text: Tensor, patches: Tensor, text_mask: Tensor, beta:
     words[:, 0] = False
     words.scatter_(1, text_mask.sum(1, keepdim=True) - 1, False)   # (B, m), without [SEP]
     with torch.autocast(text.device.type, enabled=False):
-        text = F.normalize(text.float(), dim=-1, eps=1e-5)
-        patches = F.normalize(patches.float(), dim=-1, eps=1e-5)
+        text, patches = (F.normalize(x.float(), dim=-1, eps=1e-5) for x in (text, patches))
         cost = (1 - text @ patches.mT) * words[:, :, None]         # (B, m, n)
         with torch.no_grad():
             n, m = patches.shape[1], words.sum(1, keepdim=True).clamp(min=1)
-            kernel = torch.exp(-cost.mT / beta) * words[:, None]   # (B, n, m)
+            kernel = torch.exp(-cost.mT / 0.5) * words[:, None]   # (B, n, m)
             plan, sigma = torch.ones_like(kernel), words / m       # (B, n, m), (B, m)
-            for _ in range(steps):
+            for _ in range(50):
                 plan = kernel * plan
                 delta = 1 / (n * (plan @ sigma[:, :, None])).clamp(min=1e-12)        # (B, n, 1)
                 sigma = words / (m * (plan * delta).sum(1)).clamp(min=1e-12)         # (B, m)
@@ -500,10 +455,10 @@ def word_patch_alignment_loss(distance: Tensor, labels: Tensor) -> Tensor:
     return (distance * (2 * labels - 1)).sum() / len(labels)
 
 
-# ---- Weights -------------------------------------------------------------------------------------
+# ---- Weights of ViT, DeiT (Tab. 6) and the release (Tab. 1) --------------------------------------
 
 class Inert(dict):
-    """Stands in read_weights for every foreign class and function: takes anything, does nothing."""
+    """Stands for foreign classes and functions in a file (Tab. 1, 6): takes all, does nothing."""
 
     def __init__(self, *_, **__):
         super().__init__()
@@ -516,7 +471,7 @@ class Inert(dict):
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and calls nothing else."""
+    """Rebuilds the tensors of such a file (Tab. 1, 6) and calls nothing else."""
 
     TENSORS = {("collections", "OrderedDict"), ("torch", "Size"),
                ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
@@ -528,9 +483,8 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 def read_weights(path) -> dict:
-    """A file of torch.save as tensors and plain types; nothing that it pickles is executed.
+    """A file of torch.save (Tab. 1, 6) as tensors and plain types; nothing in it is executed.
 
-    Objects of other classes (Lightning's, say) become Inert.
     ValueError for a file that is no dictionary of weights, or whose checksums are wrong.
     """
     pickles = SimpleNamespace(__name__="pickle", Unpickler=SafeUnpickler,
@@ -544,120 +498,98 @@ def read_weights(path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:             # whatever a damaged or foreign file makes torch raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path}: not a file of weights, or damaged ({reason})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content
 
 
-def fit_table(name: str, table: Tensor, like: Tensor, specials: int) -> Tensor:
-    """A table of positions cut or grown to the shape of `like`; other tensors are returned.
-
-    pos_embed (1, specials+n, D): the grid is interpolated, as timm does (Tab. 2a: 224 -> 384 px).
-    temporal_embed (1, S, D): the first rows; missing ones are 0 (release).
-    position_embeddings (m, D) of text: the first rows; missing ones keep `like`'s values.
-    """
-    if table.shape == like.shape or table.shape[-1:] != like.shape[-1:]:
-        return table
-    if name == "temporal_embed":
-        return F.pad(table, (0, 0, 0, like.shape[1] - table.shape[1]))      # negative: cuts
-    if name == "text_embeddings.position_embeddings.weight":
-        return torch.cat([table[:len(like)], like[len(table):].to(table.dtype)])
-    side, new_side = (round((t.shape[1] - specials) ** 0.5) for t in (table, like))
-    if name != "pos_embed" or side * side != table.shape[1] - specials:
-        return table                                               # load_weights names it
-    grid = table[:, specials:].mT.unflatten(-1, (side, side)).float()
-    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :specials], grid.flatten(2).mT.to(table.dtype)], 1)
-
-
 def load_weights(model: AllInOne, weights: dict, source) -> dict[str, list[str]]:
-    """Copies tensors of the model's own names into it; tables of positions are fitted (fit_table).
+    """Copies tensors of the model's own names into it, positions resized (Tab. 2a: 224 -> 384 px).
 
-    Returns {"loaded", "resized", "initialised", "ignored"}, lists of names: initialised are the
-    model's that the file lacks, ignored are the file's that the model lacks.
-    ValueError naming a tensor of another shape.
+    Returns lists of names: "loaded", "resized", "initialised" (the file lacks them) and "ignored"
+    (the model lacks them). ValueError naming a tensor of another shape.
     """
-    own, fitted, report = model.state_dict(), {}, {"loaded": [], "resized": [], "initialised": []}
-    for name, like in own.items():
-        if name not in weights:
-            report["initialised"].append(name)
-            continue
-        fitted[name] = fit_table(name, weights[name], like, model.specials)
-        if fitted[name].shape != like.shape:
-            raise ValueError(f"{source}: {name} is {tuple(weights[name].shape)}, here "
+    own, rows = model.state_dict(), ("temporal_embed", "text_embeddings.position_embeddings.weight")
+    fitted = {name: weights[name] for name in own if name in weights}
+    resized = [name for name in fitted if fitted[name].shape != own[name].shape]
+    for name in resized:
+        table, like = fitted[name], own[name]
+        if name == "pos_embed":            # (1, specials+n, D): the grid is interpolated as in timm
+            side, new_side = math.isqrt(table.shape[1]), math.isqrt(like.shape[1])
+            specials, grid = table.tensor_split([table.shape[1] - side * side], 1)
+            grid = grid.mT.unflatten(-1, (side, side)).float()     # (1, D, H/P, W/P)
+            grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic")
+            table = torch.cat([specials, grid.flatten(2).mT], 1)
+        elif name in rows and table.shape[-1] == like.shape[-1]:   # rows that the file lacks stay
+            table = torch.cat([table[..., :like.shape[-2], :], like[..., table.shape[-2]:, :]], -2)
+        if table.shape != like.shape:
+            raise ValueError(f"{source}: {name} is {tuple(fitted[name].shape)}, here "
                              f"{tuple(like.shape)}: another variant; compare --variant and sizes")
-        report["loaded" if weights[name].shape == like.shape else "resized"].append(name)
+        fitted[name] = table
     model.load_state_dict(fitted, strict=False)
-    return report | {"ignored": [name for name in weights if name not in own]}
+    return {"loaded": [name for name in fitted if name not in resized], "resized": resized,
+            "initialised": [name for name in own if name not in weights],
+            "ignored": [name for name in weights if name not in own]}
 
 
 def load_vit(model: AllInOne, path, content: dict | None = None) -> dict[str, list[str]]:
     """Backbone from a timm or DeiT file (Sec. 3.1, Tab. 6); the rest keeps its random weights.
 
-    The image classifier is ignored, and positions by a model without (Tab. 10). content:
-    read_weights(path), if at hand. Returns the report of load_weights.
+    content: read_weights(path), if at hand. Returns the report of load_weights.
     ValueError for unknown, missing or misfit tensors.
     """
-    weights = content or read_weights(path)
+    weights, own = content or read_weights(path), model.state_dict()
     weights = weights.get("model", weights)                        # DeiT wraps them
-    unused = ("head.", "head_dist.", "pre_logits.") + ("pos_embed",) * (model.pos_embed is None)
-    weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
-    report = load_weights(model, weights, path)
+    unused = ("head.", "head_dist.", "pre_logits.", "pos_embed")   # classifier; Tab. 10, no SPE
     backbone = ("cls_token", "dist_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-    unknown = report["ignored"]
-    missing = [name for name in report["initialised"] if name.startswith(backbone)]
+    unknown = [name for name in weights if name not in own and not name.startswith(unused)]
+    missing = [name for name in own if name not in weights and name.startswith(backbone)]
     if unknown or missing:
-        hint = ("a distilled DeiT has a second class token: add --distilled"
-                if "dist_token" in unknown else
-                "expected timm's vit_* or deit_* weights of the same --variant")
         raise ValueError(f"{path}: not the backbone of this model: {len(unknown)} unknown tensors, "
-                         f"{len(missing)} missing ({', '.join((unknown + missing)[:3])}); {hint}")
-    return report
+                         f"{len(missing)} missing ({', '.join((unknown + missing)[:3])}); expected "
+                         "vit_* or deit_* weights of timm (with a dist_token: add --distilled)")
+    return load_weights(model, weights, path)
 
 
-RENAMED = {  # the release's names -> ours; the rest is timm's and BERT's on both sides
-    "transformer.": "", "itm_score.fc.": "vtm_head.", "vtm_score.fc.": "vtm_head.",
-    "pooler.dense.": "pooler.", "mlm_score.transform.": "mlm_head.",
-    "mlm_score.decoder.": "mlm_head.decoder.", "mlm_score.bias": "mlm_head.decoder.bias",
-    "txt_proj.": "text_proj.", "vid_proj.": "video_proj.",
-    "token_type_embeddings.weight": "type_embeddings"}
+RENAMED = {  # prefixes of the release's names -> ours; the rest is timm's and BERT's on both sides
+    "module.": "", "transformer.": "", "itm_score.fc.": "vtm_head.", "vtm_score.fc.": "vtm_head.",
+    "pooler.dense.": "pooler.", "txt_proj.": "text_proj.", "vid_proj.": "video_proj.",
+    "mlm_score.transform.": "mlm_head.", "mlm_score.decoder.": "mlm_head.decoder.",
+    "mlm_score.bias": "mlm_head.decoder.bias", "token_type_embeddings.weight": "type_embeddings"}
 
 
 def load_release(path, heads: int | None = None, content: dict | None = None, **overrides):
     """The authors' .ckpt (Tab. 1: Ti, S, B; plus) -> (AllInOne, report of load_weights).
 
-    heads: not in such a file; None: width / 64 (Tab. 1). content: read_weights(path), if at hand.
-    overrides: other fields of Config (frames, image_size, ...). The config is what those weights
-    were trained with, but for their shuffled patches, `patch_order="random"`.
-    ValueError for a file of something else.
+    heads: not in such a file; None: width / 64. content: read_weights(path), if at hand.
+    overrides: fields of Config other than those weights were trained with (frames, ...); their
+    shuffled patches, patch_order="random", are one. ValueError for a file of something else.
     """
     content, weights = content or read_weights(path), {}
     for name, tensor in content.get("state_dict", content).items():
-        name = name.removeprefix("module.")
-        theirs = next((prefix for prefix in RENAMED if name.startswith(prefix)), "")
-        weights[RENAMED.get(theirs, "") + name.removeprefix(theirs)] = tensor
+        for theirs, ours in RENAMED.items():
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+        weights[name] = tensor
     words, places = (f"text_embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
-    patch, first = "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"
-    needed = ("cls_token", "pos_embed", patch, first, words, places)
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", words, places)
     if missing := [name for name in needed if name not in weights]:
-        raise ValueError(f"{path}: not a released All-in-one checkpoint: it lacks "
-                         f"{', '.join(missing)}; for ViT or DeiT weights use load_vit (--init)")
+        raise ValueError(f"{path}: not a released All-in-one checkpoint, which has {missing[0]}; "
+                         "for ViT or DeiT weights use load_vit (--init)")
     # row 0 of BERT's types is added to every token: one table says both
     bert_type = weights.pop("text_embeddings.token_type_embeddings.weight", torch.zeros(1, 1))
     weights[places] = weights[places] + bert_type[0]
-    distilled = "dist_token" in weights                            # All-in-one-S never used
-    if distilled:                                                  # its temporal positions
-        weights.pop("temporal_embed", None)
-    times = weights.get("temporal_embed")
-    width, side = weights["cls_token"].shape[-1], weights[patch].shape[-1]
+    distilled = "dist_token" in weights            # All-in-one-S: never used its temporal positions
+    times = None if distilled else weights.get("temporal_embed")
+    width, side = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
     grid = round((weights["pos_embed"].shape[1] - 1 - distilled) ** 0.5)
-    config = Config(
+    fields = dict(
         width=width, heads=heads or max(1, width // 64), patch_size=side, image_size=grid * side,
-        depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        depth=sum(name.endswith("attn.qkv.weight") for name in weights),
         vocab_size=len(weights[words]), max_text_len=len(weights[places]), distilled=distilled,
         frames=Config.frames if times is None else times.shape[1], roll="release",
         temporal_position=times is not None, roll_unimodal=False)
-    model = AllInOne(replace(config, **overrides))
+    model = AllInOne(Config(**fields | overrides))
     return model, load_weights(model, weights, path)
