@@ -1292,10 +1292,8 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
 # A reader yields what an annotation file tells of source.split; "video" is the clip's name in it.
 # test.jsonl is the split of the paper's number, also where its owners call it val.
 
-OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "video": "video",
-        "name": "text", "text": "text", "q": "question", "question": "question",
-        "options": "options", "label": "answer", "answer_idx": "answer", "answer": "answer",
-        "answer_type": "kind"}                              # a published column: our field
+OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "name": "text",   # columns
+        "q": "question", "label": "answer", "answer_idx": "answer", "answer_type": "kind"}
 
 
 class Release:
@@ -1372,17 +1370,12 @@ def entries(path, chunk=1 << 24):
         raise ValueError("its end is missing: download it again")
 
 
-def own(source, path):
-    """A .csv or .tsv with columns such as path, caption, or a folder of clips with .txt or .json
-    captions beside them."""
-    return own_samples(Path(path))
-
-
 def one_a_row(source, path, columns="", prefix="", **fields):
     """A row is a sample, in its owners' columns or ClipBERT's; answers count from 0 but in LSMDC's
     test, which counts from 1 (its first option is right elsewhere)."""
     for row in rows(path, columns):
-        sample = fields | {OURS[key]: value for key, value in row.items() if key in OURS}
+        renamed = {OURS.get(key, key): value for key, value in row.items()}
+        sample = fields | {key: renamed[key] for key in FIELDS if key in renamed}
         if "videoid" in row:                                # WebVid
             sample["video"] = f"{row['page_dir']}/{row['videoid']}"
         if "url" in row:                                    # CC3M: so the usual downloader saves it
@@ -1400,10 +1393,9 @@ def one_a_row(source, path, columns="", prefix="", **fields):
             sample["start"], sample["end"] = map(float, row["ts"].split("-"))
         if "a1" in row:
             sample["options"] = [row[f"a{i}"] for i in range(6) if f"a{i}" in row]
-        if row.get("from_one"):                             # LSMDC
-            sample["answer"] = int(row["from_one"]) - 1
         if "options" in sample:
-            sample["answer"] = int(sample["answer"])
+            right = row.get("from_one")                     # LSMDC
+            sample["answer"] = int(right) - 1 if right else int(sample["answer"])
         if "video" not in sample or not sample.keys() & {"text", "answer"}:
             raise LookupError(f"columns {', '.join(row)}")
         yield sample
@@ -1420,9 +1412,8 @@ def howto100m(source, path):
 
 
 def yttemporal(source, path):
-    """What is said in each 12.5 s (the release draws 10-15 s a visit), by the subtitles' own words
-    and times (the release: the denoised words, moved to those times by time warping). The paper
-    takes the first half of the shards."""
+    """Windows of 12.5 s (the release draws 10-15 s) of the subtitles' own words (the release warps
+    the denoised ones to their times). The paper takes the first half of the shards."""
     for video in rows(path):
         windows = []
         for second, word in sorted((word["time"], word["word"]) for word in video["subtitles"]):
@@ -1505,10 +1496,9 @@ def msvd(source, path):
 
 
 def vcr(source, path, rationale):
-    """A list [i, j] among the words becomes "person 0 person 1", numbered by first mention in
-    question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]), from the .json beside the
-    image, are of those that the sample's own words mention. QA→R's question ends in the right
-    answer. Line n of both manifests is one question."""
+    """A list [i, j] among the words becomes "person 0 person 1", numbered by first mention in all
+    question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]) are of those that the sample's
+    words mention, from the .json beside the image. QA→R's question ends in the right answer."""
     for row in rows(path):
         number = {}                                         # an object's index: its own number
 
@@ -1557,7 +1547,6 @@ LSMDC, VCR = "sites.google.com/site/describingmovies", "visualcommonsense.com, w
 # name: reader; annotation files (of forms between " | " the first at hand); where they are from;
 # what SPLIT stands for, if not for train, val and test ("test=val": our test is their val)
 DATASETS = {
-    "own": (own, "", "your own", "train"),
     "webvid": (one_a_row, "results_*_SPLIT.csv", "m-bain.github.io/webvid-dataset", "train val"),
     "howto100m": (howto100m, "???????????.csv | caption.json | raw_caption*.json",
                   "di.ens.fr/willow/research/howto100m", "train"),
@@ -1596,10 +1585,10 @@ COMMONEST = {"msrvtt_qa": 1500, "msvd_qa": 1000, "tgif_frameqa": 1540}     # ans
 
 def published(reader, source, paths, expected):
     """A reader's samples, tidy; DataError if a file is not as published."""
-    for path in map(str, paths):
+    for path in paths:
         try:
             for sample in reader(source, path):
-                sample = {key: tidy(value) for key, value in sample.items() if key != "where"}
+                sample = {key: tidy(value) for key, value in sample.items()}
                 for key, says in (("texts", bool), ("captions", lambda c: c[2] and c[1] > c[0])):
                     if key in sample:
                         sample[key] = list(filter(says, sample[key]))
@@ -1614,10 +1603,9 @@ def published(reader, source, paths, expected):
 def convert(name, annotations, videos, out):
     """Writes OUT/{train,val,test}.jsonl, and OUT/answers.json, of data set `name`.
     annotations: files, or folders that hold them, as published. videos: the folder of the clips,
-    at any depth. Clips that are not there and samples without text are left out, counted and
-    named: half a download is half a manifest. answers.json: the commonest training answers first
-    (Sec. 4.2.1), ties by first appearance, of the whole annotation whatever the download holds.
-    DataError if nothing is left or a file is not as published; OUT is then as it was."""
+    at any depth. Clips that are not there and samples without text are left out, counted, named.
+    answers.json: all training answers, whatever the download holds, the commonest first (Sec.
+    4.2.1). DataError if nothing is left or a file is not as published; OUT is then as it was."""
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
     reader, forms, site, *splits = DATASETS[name]
@@ -1630,16 +1618,15 @@ def convert(name, annotations, videos, out):
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=out) as beside:     # all or none
         for split in " ".join(splits or ["train val test"]).split():
             source.split, _, theirs = split.partition("=")
-            paths = source.find(forms, theirs or split) if forms else annotations
+            paths = source.find(forms, theirs or split)
             with open(f"{beside}/{source.split}.jsonl", "w", encoding="utf-8") as file:
                 for sample in published(reader, source, paths, expected):
                     if source.split == "train" and "answer" in sample and "options" not in sample:
                         answers[sample["answer"]] += 1
-                    clip, path = sample["video"], source.clip(sample["video"])
-                    fate = f"not under {videos}" if not path else "written"
-                    if path and any(value in ("", []) for value in sample.values()):
-                        fate = "without text"
-                    tally[source.split, fate][clip] += 1
+                    path = source.clip(sample["video"])
+                    empty = any(value in ("", []) for value in sample.values())
+                    fate = "without text" if empty else "written" if path else f"not under {videos}"
+                    tally[source.split, fate][sample["video"]] += 1
                     if fate == "written":
                         sample["video"] = os.path.relpath(path, out)
                         file.write(json.dumps(sample, ensure_ascii=False) + "\n")
@@ -1661,27 +1648,25 @@ def convert(name, annotations, videos, out):
 def main():
     """python data.py COMMAND: see --help of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    flags = {}
-    for run in toy, convert, check:                # an option that is not given is not passed on
-        flags[run] = commands.add_parser(
-            run.__name__, description=run.__doc__, argument_default=argparse.SUPPRESS,
-            formatter_class=argparse.RawDescriptionHelpFormatter)
-        flags[run].set_defaults(run=run)
-    flags[toy].add_argument("--out", dest="root")
-    flags[toy].add_argument("--seed", type=int)
-    flags[convert].epilog = "\n".join(
-        f"{name}: {forms} ({site})" for name, (_, forms, site, *_) in DATASETS.items())
-    flags[convert].add_argument("name")
-    flags[convert].add_argument("--annotations", nargs="+", required=True)
-    flags[convert].add_argument("--videos", required=True)
-    flags[convert].add_argument("--out", required=True)
-    flags[check].add_argument("manifest")
-    flags[check].add_argument("--vocab")
+    commands, kind = parser.add_subparsers(dest="command", required=True), {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "argument_default": argparse.SUPPRESS}      # what is not given is left to the function
+    toys, converts, checks = (commands.add_parser(run.__name__, description=run.__doc__, **kind)
+                              for run in (toy, convert, check))
+    toys.add_argument("--out", dest="root")
+    toys.add_argument("--seed", type=int)
+    converts.epilog = "\n".join(f"{name}: {files} ({site})"
+                                for name, (_, files, site, *_) in DATASETS.items())
+    converts.add_argument("name")
+    converts.add_argument("--annotations", nargs="+", required=True)
+    converts.add_argument("--videos", required=True)
+    converts.add_argument("--out", required=True)
+    checks.add_argument("manifest")
+    checks.add_argument("--vocab")
     for flag in "workers", "timeout", "frames", "image_size", "max_text_len", "gpu":
-        flags[check].add_argument(f"--{flag}", type=int)
+        checks.add_argument(f"--{flag}", type=int)
     args = vars(parser.parse_args())
-    args.pop("run")(**args)
+    {"toy": toy, "convert": convert, "check": check}[args.pop("command")](**args)
 
 
 if __name__ == "__main__":
