@@ -1307,9 +1307,8 @@ class Release:
                  in os.walk(videos, followlinks=True) for name in folders + files]
         paths.sort(key=lambda path: (not path.lower().endswith(".gif"), path))
         self.clips = {name: path for path in paths for name in names_of(path)}    # better than GIFs
-        for file in self.find("*youtube_mapping.txt"):      # MSVD's clips have numbers too: "vid1"
-            pairs = map(str.split, rows(file))
-            self.clips = {number: self.clip(name) for name, number in pairs} | self.clips
+        for name, number in self.mapping():
+            self.clips.setdefault(number, self.clip(name))
 
     def find(self, forms, split=""):
         """Annotation files named so; of forms between " | " the first of which there are any."""
@@ -1319,11 +1318,15 @@ class Release:
                 return found
         return []
 
+    def mapping(self):
+        """(name, "vid1") of MSVD's clips, which are called by either."""
+        return [line.split() for path in self.find("*youtube_mapping.txt") for line in rows(path)]
+
     def clip(self, name):
         """The path of a clip, or None. A file's name may lack the "v_" of ActivityNet's ids."""
         long, short = names_of(name)
-        names = [long, short, short.removeprefix("v_")]
-        return next((self.clips[name] for name in names if name in self.clips), None)
+        get = self.clips.get
+        return get(long) or get(short) or get(short.removeprefix("v_"))
 
 
 def names_of(path):
@@ -1486,12 +1489,10 @@ def msrvtt_mc(source, path):
 
 def msvd(source, path):
     """By youtube_mapping.txt vid1 to 1200 train, to 1300 validate, to 1970 test."""
-    mapping = [line.split(" vid") for file in source.find("*youtube_mapping.txt")
-               for line in rows(file)]
     texts = {sample["video"]: sample["texts"] for sample in captioned(source, path)}
-    for video, number in mapping:
-        split = ("train", "val", "test")[(int(number) > 1200) + (int(number) > 1300)]
-        if split == source.split:
+    for video, number in source.mapping():
+        number = int(number.removeprefix("vid"))
+        if source.split == ("train" if number <= 1200 else "val" if number <= 1300 else "test"):
             yield {"video": video, "texts": texts.get(video, [])}
 
 
@@ -1648,11 +1649,11 @@ def convert(name, annotations, videos, out):
 def main():
     """python data.py COMMAND: see --help of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands, kind = parser.add_subparsers(dest="command", required=True), {
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-        "argument_default": argparse.SUPPRESS}      # what is not given is left to the function
-    toys, converts, checks = (commands.add_parser(run.__name__, description=run.__doc__, **kind)
-                              for run in (toy, convert, check))
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = argparse.RawDescriptionHelpFormatter     # and what is not given is left to the function
+    toys, converts, checks = (
+        commands.add_parser(run.__name__, description=run.__doc__, formatter_class=shown,
+                            argument_default=argparse.SUPPRESS) for run in (toy, convert, check))
     toys.add_argument("--out", dest="root")
     toys.add_argument("--seed", type=int)
     converts.epilog = "\n".join(f"{name}: {files} ({site})"
