@@ -1256,7 +1256,8 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
             return error, 0, 0
 
     for i, (sample, has, spent) in enumerate(readers.ahead(visit, range(len(source)), 64)):
-        print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad  ", end="", file=sys.stderr)
+        if i % 20 == 19:
+            print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad  ", end="", file=sys.stderr)
         if isinstance(sample, Exception):
             bad, gone = isinstance(sample, DataError), str(sample).endswith("no such file")
             fault = "bad line" if bad else "missing file" if gone else "unreadable"
@@ -1306,7 +1307,7 @@ class Release:
         paths = [os.path.join(folder, name) for folder, folders, files
                  in os.walk(videos, followlinks=True) for name in folders + files]
         paths.sort(key=lambda path: (not path.lower().endswith(".gif"), path))
-        self.clips = {name: path for path in paths for name in names_of(path)}    # better than GIFs
+        self.clips = {name: path for path in paths for name in names_of(path)}     # the last: no GIF
         for name, number in self.mapping():
             self.clips.setdefault(number, self.clip(name))
 
@@ -1320,12 +1321,12 @@ class Release:
 
     def mapping(self):
         """(name, "vid1") of MSVD's clips, which are called by either."""
-        return [line.split() for path in self.find("*youtube_mapping.txt") for line in rows(path)]
+        return [line.partition(" ")[::2] for path in self.find("*youtube_mapping.txt")
+                for line in rows(path)]
 
     def clip(self, name):
         """The path of a clip, or None. A file's name may lack the "v_" of ActivityNet's ids."""
-        long, short = names_of(name)
-        get = self.clips.get
+        (long, short), get = names_of(name), self.clips.get
         return get(long) or get(short) or get(short.removeprefix("v_"))
 
 
