@@ -1307,7 +1307,7 @@ class Release:
         paths = [os.path.join(folder, name) for folder, folders, files
                  in os.walk(videos, followlinks=True) for name in folders + files]
         paths.sort(key=lambda path: (not path.lower().endswith(".gif"), path))
-        self.clips = {name: path for path in paths for name in names_of(path)}     # the last: no GIF
+        self.clips = {name: path for path in paths for name in names_of(path)}  # GIFs give way
         for name, number in self.mapping():
             self.clips.setdefault(number, self.clip(name))
 
@@ -1437,8 +1437,9 @@ def captioned(source, path, paragraph=False):
         if isinstance(row, str):                            # MSVD: a clip and a caption a line
             pairs = [row.partition(" ")[::2]]
         elif "annotations" in row:                          # COCO's, and in its form MSR_VTT.json
-            names = {image["id"]: image.get("file_name", image["id"]) for image in row["images"]}
-            pairs = [(names[note["image_id"]], note["caption"]) for note in row["annotations"]]
+            names = {image["id"]: image.get("file_name") for image in row.get("images", ())}
+            pairs = [(names.get(note["image_id"]) or note["image_id"], note["caption"])
+                     for note in row["annotations"]]
         elif "images" in row:                               # Karpathy's: restval is train
             pairs = [(image["filename"], sentence["raw"]) for image in row["images"]
                      if image["split"].replace("restval", "train") == source.split
@@ -1514,9 +1515,8 @@ def vcr(source, path, rationale):
         if rationale:
             question, options = question + options[label], row["rationale_choices"]
             label = row["rationale_label"]
-        sample = {"video": row["img_fn"], "question": words(question), "answer": label,
-                  "options": [words(tokens) for tokens in options],
-                  "kind": "QA→R" if rationale else "Q→A"}
+        sample = {"video": row["img_fn"], "kind": "QA→R" if rationale else "Q→A", "answer": label,
+                  "question": words(question), "options": [words(tokens) for tokens in options]}
         mentioned = set().union(*(t for t in sum(options, question) if isinstance(t, list)))
         if mentioned and (image := source.clip(row["img_fn"])):
             boxes = next(rows(f"{os.path.splitext(image)[0]}.json"))["boxes"]

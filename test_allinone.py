@@ -1438,7 +1438,7 @@ def test_what_is_wrong_is_said_in_one_line(release, name, notes, message, tmp_pa
     with pytest.raises(DataError, match=message) as error:
         release(name, notes, ["x.mp4"])
     assert "\n" not in str(error.value)
-    assert not {path.name for path in tmp_path.glob("out/*")} - {"train.jsonl"}    # none in part
+    assert not {path.name for path in tmp_path.glob("out/*")} - {"train.jsonl"}    # none half
 
 
 def test_own_tables_and_folders_are_manifests(tmp_path):
