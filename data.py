@@ -1635,7 +1635,8 @@ def convert(name, annotations, videos, out):
         reports = [f"{split}: {clips.total():,} samples of {len(clips):,} clips {fate}, such as "
                    f"{', '.join(list(clips)[:3])}" for (split, fate), clips in tally.items()]
         if not any(fate == "written" for _, fate in tally):
-            raise DataError(f"{name}: nothing to write; {'; '.join(reports)}; expected {expected}")
+            told = "; ".join(reports) or "no annotation file is named so"
+            raise DataError(f"{name}: nothing to write: {told}; expected {expected}")
         print(*reports, sep="\n")
         if answers:
             listed = [answer for answer, _ in answers.most_common(COMMONEST.get(name))]

@@ -1279,7 +1279,7 @@ HOWTO = {"start": [0.41, 3.9, 6.0], "end": [3.91, 5, 8.5], "text": ["pic", "", "
 HOWTO_CSV = "start,end,text\n0.41,3.91,pic\n3.9,5.0,\n6.0,8.5,bowl\n"
 SPEECH = {"info": {"id": "WAaKRUoY6Io"}, "subtitles": [
     {"word": word, "time": time} for time, word in ((12.4, "b"), (0, "a"), (12.5, "c"),
-                                                    (3, "&gt;&gt;"), (90, "late"))]}
+                                                    (3, "&gt"), (4, "gt;"), (90, "late"))]}
 KINETICS, YOGA = "label,youtube_id,time_start,time_end", "-3B_000059_000069.mp4"
 WHO = {"question": "who?", "answer": "a", "answer_type": "what"}
 GIFS = ["gifs/n_400.gif", "gifs/n_400.mp4"]                              # re-encoded: preferred
@@ -1426,7 +1426,7 @@ def test_a_caption_file_larger_than_memory_is_read_in_pieces(tmp_path):
 
 @pytest.mark.parametrize("name, notes, message", [
     ("imagenet", {}, "imagenet.*webvid, howto100m"),
-    ("didemo", {"readme.txt": ""}, "nothing to write.*expected SPLIT_data.json.*Moments"),
+    ("didemo", {"readme.txt": ""}, "no annotation file is named so; expected SPLIT_data.json"),
     ("didemo", {"test_data.json": "[{"}, "test_data.json: not as published.*Expecting"),
     ("didemo", {"test_data.json": [{"video": "a"}]}, "test_data.json: not as published.*SPLIT_"),
     ("didemo", {"val_data.json": [{"video": "a.mp4", "description": ""}]}, "such as a.mp4"),
