@@ -1304,8 +1304,8 @@ MSRVTT = {"train_val_videodatainfo.json": sentences("video0", "video6513"),
           "MSRVTT_JSFUSION_test.csv": "key,vid_key,video_id,sentence\n"
                                       'ret0,msr9770,video9770,"a man, talking"\n'}
 TWO_VIDEOS = {"MSR_VTT.json": {"images": [{"id": "video0"}, {"id": "video6512"}], "annotations": [
-    {"image_id": "video0", "caption": "x"}, {"image_id": "video6512", "caption": "y"}]}}
-MSRVTT_CLIPS = [f"video{i}.mp4" for i in (0, 6512, 6513, 7010, 9770)]
+    {"image_id": f"video{i}", "caption": text} for i, text in ((0, "x"), (0, "z"), (6512, "y"))]}}
+MSRVTT_CLIPS = [f"video{i}.mp4" for i in (0, 6513, 7010, 9770)]
 TALKING = [{"video": "video9770.mp4", "texts": ["a man, talking"]}]
 MC = "\tkey\tvid_key\ta1\ta2\ta3\ta4\ta5\tanswer\n0\tmc0\tmsr7010\ta\tb\tc\td\te\t3\n"
 WHAT = [{"answer": answer, "id": 1, "question": "What is it?", "video_id": video} for answer, video
@@ -1350,8 +1350,7 @@ REASON = {"video": "lsmdc_a/x@0.jpg", "question": "Why near person 0 ? dog 1 ran
                   "test": texts("video7010", "video9770")}))],
     ("msrvtt_mc", {"MSR_MC_test.csv": MC, **TWO_VIDEOS}, MSRVTT_CLIPS,                   # Tab. 4a
      {"test": [{"video": "video7010.mp4", **FIVE, "answer": 3}],
-      "train": [{"video": "video0.mp4", "options": ["x", "y"], "answer": 0},
-                {"video": "video6512.mp4", "options": ["y", "x"], "answer": 0}]}),
+      "train": [{"video": "video0.mp4", "options": [text, "y"], "answer": 0} for text in "xz"]}),
     ("msrvtt_mc", {"msrvtt_mc_test.jsonl": jsonl({"clip_name": "n_400", **FIVE, "answer": 1})},
      GIFS, {"test": [{**GIF, **FIVE, "answer": 1}]}),
     *[(name, {"train_qa.json": WHAT, "youtube_mapping.txt": "-4_5_15 vid6513\n"}, [clip], {
