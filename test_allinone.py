@@ -1383,7 +1383,7 @@ REASON = {"video": "lsmdc_a/x@0.jpg", "question": "Why near person 0 ? dog 1 ran
     ("didemo", {"test_data.json": MOMENTS}, ["1@N_2.mov.mp4", "4@N.avi"],                # Tab. 3c
      {"test": [{"video": "1@N_2.mov.mp4", "text": "a cat it r"},
                {"video": "4@N.avi", "text": "dog"}]}),
-    ("activitynet", {"val_1.json": DANCE, "val_2.json": DANCE}, ["QOl/000.jpg"],            # Tab. 3b
+    ("activitynet", {"val_1.json": DANCE, "val_2.json": DANCE}, ["QOl/000.jpg"],         # Tab. 3b
      {"test": [{"video": "QOl", "text": "A woman dances. She turns."}]}),
     ("activitynet", {"val1.jsonl": jsonl({"clip_name": "n_400", "caption": "One. Two."})}, GIFS,
      {"test": [{**GIF, "text": "One. Two."}]}),
