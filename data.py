@@ -1230,33 +1230,34 @@ def toy_split(folder, split, count, draw):
 
 def examine(task):
     """(frames, CPU seconds) that reading one sample as in training takes. Run by `check`."""
-    sample, frames, size = task
-    counted, began = [], time.process_time()
+    (sample, frames, size), counted, began = task, [], time.process_time()
     decode(sample["video"], lambda n: counted.append(n) or sample_frames(n, frames, False),
            int(1.2 * size), *map(sample.get, ("start", "end", "fps")))
     return counted[-1], time.process_time() - began
 
 
-def check(manifest, workers=2, timeout=60, frames=3, image_size=224, tokenizer=None,
+def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224, vocab=None,
           max_text_len=40, gpu=400):
-    """The data doctor: decode every sample, each under a time limit; write NAME.clean.jsonl.
-    Prints and returns {fault: [file:line and detail]}. Clips that are missing, unreadable, hang or
-    kill their reader, bad lines and samples with an empty text are left out of the clean manifest;
-    clips of fewer than `frames` frames, texts of more than max_text_len tokens (words, without a
-    tokenizer) and captions that other clips have too are only reported: usable, but to be known.
+    """The data doctor: reads every sample as in training; writes NAME.clean.jsonl.
+    Prints and returns {fault: [file:line and detail]}. Left out of the clean manifest: bad lines,
+    clips that are missing, unreadable, kill their reader or take longer than `timeout` seconds,
+    empty texts. Only told: clips of fewer than `frames` frames, texts of more than max_text_len
+    tokens of `vocab` (without one, words), captions that other clips have too.
     gpu: clips/s that a GPU trains on, for the number of workers that feed it."""
     source, found, drop, first = Manifest(manifest), collections.defaultdict(list), set(), {}
-    readers, seconds, began = Readers(examine, workers, timeout), [], time.monotonic()
+    readers, seconds = Readers(examine, workers, timeout), []
+    tokenizer = Tokenizer.load(vocab) if vocab else None
 
     def visit(i):
         try:
             sample = source[i]
-            wanted = 1 if is_image(sample) else frames
-            return sample, wanted, *readers((sample, wanted, image_size))
+            return sample, *readers((sample, 1 if is_image(sample) else frames, image_size))
         except (DataError, Unreadable) as error:
-            return error, 0, 0, 0
+            return error, 0, 0
 
-    for i, (sample, wanted, has, spent) in enumerate(readers.ahead(visit, range(len(source)), 64)):
+    for i, (sample, has, spent) in enumerate(readers.ahead(visit, range(len(source)), 64)):
+        if i % 20 == 19:
+            print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad  ", end="", file=sys.stderr)
         if isinstance(sample, Exception):
             bad, gone = isinstance(sample, DataError), str(sample).endswith("no such file")
             fault = "bad line" if bad else "missing file" if gone else "unreadable"
@@ -1265,7 +1266,7 @@ def check(manifest, workers=2, timeout=60, frames=3, image_size=224, tokenizer=N
             continue
         seconds.append(spent)
         where, caption = sample["where"], sample.get("text")
-        if has < wanted:
+        if has < frames and not is_image(sample):
             found["short clip"].append(f"{where}: has {has} frames, fewer than {frames}")
         for text in texts_of(sample):
             if not isinstance(text, str) or not text.strip():
@@ -1275,106 +1276,86 @@ def check(manifest, workers=2, timeout=60, frames=3, image_size=224, tokenizer=N
                 found["text too long"].append(f"{where}: {text:.60}...")
         if caption and (line := first.setdefault(hash(caption), i + 1)) <= i:
             found["duplicate caption"].append(f"{where}: as line {line}: {caption:.60}")
-        if i % 20 == 19:
-            rate = (i + 1) / (time.monotonic() - began)
-            print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad, {rate:.0f}/s, "
-                  f"{(len(source) - i) / rate:.0f} s left   ", end="", file=sys.stderr)
     clean = Path(manifest).with_suffix(".clean.jsonl")
     with open(source.paths[0], "rb") as lines, replacing(clean) as kept:
         kept.writelines(line for i, line in enumerate(lines) if i not in drop and line.strip())
     for fault, places in sorted(found.items()):
-        print(f"\n{fault}: {len(places)}", *places[:20], sep="\n    ")
-        if len(places) > 20:
-            print(f"    ... and {len(places) - 20} more")
+        print(f"\n{fault}: {len(places)}, such as", *places[:20], sep="\n    ")
     print(f"{len(source) - len(drop)} of {len(source)} samples are usable: {clean}")
     if any(seconds):
-        mean = sum(seconds) / len(seconds)
-        print(f"your clips decode at {1 / mean:.0f} per CPU-second: a GPU that trains on {gpu} "
-              f"clips/s needs {gpu * mean:.1f} workers")
+        rate = len(seconds) / sum(seconds)
+        print(f"your clips decode at {rate:.0f} per CPU-second: a GPU that trains on {gpu} clips/s "
+              f"needs {gpu / rate:.1f} workers")
     return dict(found)
 
 
 # ---- data sets: from each original public release to manifests
-# A reader yields the samples of one split from `paths`, its annotation files. "video" is the clip's
-# name in them (a list: any of these). test.jsonl is the split of the paper's number, also where its
-# owners call it val.
+# A reader yields what an annotation file tells of source.split; "video" is the clip's name in it.
+# test.jsonl is the split of the paper's number, also where its owners call it val.
 
-OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "video": "video",
-        "name": "text", "text": "text", "q": "question", "question": "question",
-        "options": "options", "label": "answer", "answer_idx": "answer", "answer": "answer",
-        "answer_type": "kind"}                              # a published column: our field
-SPELT = {"train": "train(ing)?", "val": "val(id|idate|idation)?"}
+OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "name": "text",   # columns
+        "q": "question", "label": "answer", "answer_idx": "answer", "answer_type": "kind"}
 
 
 class Release:
-    """What a reader is given: `split`, `paths`, and by `find` and `clip` what else there is."""
+    """What a person has of a data set: annotation `files` and, by their names, `clips`, found in
+    one walk: to ask the disk for each of millions takes hours. split: what is being read."""
 
     def __init__(self, annotations, videos):
-        for path in [*annotations, videos]:
-            if not os.path.exists(path):
-                raise DataError(f"{path}: no such file or folder")
-        self.annotations, self.split, self.paths = list(map(Path, annotations)), None, []
-        self.files = sorted({os.path.abspath(file) for path in self.annotations
+        self.files = sorted({str(file.absolute()) for path in map(Path, annotations)
                              for file in (path.rglob("*") if path.is_dir() else [path])})
-        # {name without extension: path} of all below `videos`, in one go: to ask the disk for
-        # millions of clips would take hours. A later clip of one name goes by "folder/name".
-        self.clips, rank = {}, {extension: i for i, extension in enumerate(MEDIA)}
-        for folder, folders, files in os.walk(videos, followlinks=True):
-            for name in sorted(folders + files, key=lambda name: (
-                    rank.get(os.path.splitext(name)[1].lower(), len(rank)), name)):
-                path, (short, long) = os.path.join(folder, name), stems(os.path.join(folder, name))
-                if os.path.dirname(self.clips.setdefault(short, path)) != folder:
-                    self.clips.setdefault(long, path)
+        paths = [os.path.join(folder, name) for folder, folders, files
+                 in os.walk(videos, followlinks=True) for name in folders + files]
+        paths.sort(key=lambda path: (not path.lower().endswith(".gif"), path))
+        self.clips = {name: path for path in paths for name in names_of(path)}  # GIFs give way
+        for name, number in self.mapping():
+            self.clips.setdefault(number, self.clip(name))
 
     def find(self, forms, split=""):
         """Annotation files named so; of forms between " | " the first of which there are any."""
-        for form in forms.split(" | "):
-            pattern = fnmatch.translate(form).replace("SPLIT", SPELT.get(split, split))
-            if found := [f for f in self.files if re.match(pattern, os.path.basename(f), re.I)]:
+        for form in forms.replace("SPLIT", split).lower().split(" | "):
+            if found := [file for file in self.files
+                         if fnmatch.fnmatch(os.path.basename(file).lower(), form)]:
                 return found
         return []
 
-    def clip(self, *names):
-        """The path of a clip of any of these names, or None."""
-        keys = (key for name in names for key in reversed(stems(name)))
-        return next((self.clips[key] for key in keys if key in self.clips), None)
+    def mapping(self):
+        """(name, "vid1") of MSVD's clips, which are called by either."""
+        return [line.partition(" ")[::2] for path in self.find("*youtube_mapping.txt")
+                for line in rows(path)]
+
+    def clip(self, name):
+        """The path of a clip, or None. A file's name may lack the "v_" of ActivityNet's ids."""
+        (long, short), get = names_of(name), self.clips.get
+        return get(long) or get(short) or get(short.removeprefix("v_"))
 
 
-def stems(path):
-    """("name", "folder/name") without media extensions (DiDeMo has x.mov.mp4); the dots in the
-    times of an LSMDC clip stay."""
+def names_of(path):
+    """("folder/name", "name") without media extensions: DiDeMo has x.mov.mp4."""
     folder, name = os.path.split(path)
     while os.path.splitext(name)[1].lower() in MEDIA:
         name = os.path.splitext(name)[0]
-    return name, f"{os.path.basename(folder)}/{name}"
+    return f"{os.path.basename(folder)}/{name}", name
 
 
-def rows(paths, columns=""):
-    """Objects of .json and .jsonl, lines of .txt without remarks, dicts of .csv and .tsv files.
+def rows(path, columns=""):
+    """Objects of a .json or .jsonl, lines of a .txt without remarks, dicts of a .csv or .tsv file.
     columns: of a table without a header; there a quote is only a character. An undecodable byte
     costs one character, not the data set."""
-    for path in paths:
-        unzip = gzip.open if path.endswith(".gz") else open
-        authors = re.search(r"(success_full|DiDeMo_\w+)\.tsv$", path)   # with a header
-        names = "text video" if authors else columns
-        quoting = csv.QUOTE_NONE if columns and not authors else csv.QUOTE_MINIMAL
-        try:
-            with unzip(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-                if ".jsonl" in os.path.basename(path):
-                    yield from (json.loads(line) for line in file if line.strip())
-                elif path.endswith(".json"):
-                    content = json.load(file)
-                    yield from content if isinstance(content, list) else [content]
-                elif path.endswith(".txt"):
-                    yield from (line.strip() for line in file if line.strip() and line[0] != "#")
-                else:
-                    delimiter = "\t" if "\t" in file.readline() else ","
-                    file.seek(0)
-                    table = csv.reader(file, delimiter=delimiter, quoting=quoting)
-                    header = next(table, []) if authors or not columns else ()
-                    yield from (dict(zip(names.split() or header, row)) for row in table if row)
-        except (json.JSONDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: damaged ({error}); download it again") from error
+    unzip = gzip.open if path.endswith(".gz") else open
+    with unzip(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+        if path.endswith(".json"):
+            content = json.load(file)
+            yield from content if isinstance(content, list) else [content]
+        elif path.endswith((".csv", ".tsv")):
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            quoting = csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL
+            yield from csv.DictReader(file, columns.split() or None, restval="",
+                                      delimiter=delimiter, quoting=quoting)
+        else:
+            lines = (line.strip() for line in file if line.strip() and line[0] != "#")
+            yield from lines if path.endswith(".txt") else map(json.loads, lines)
 
 
 def entries(path, chunk=1 << 24):
@@ -1390,20 +1371,15 @@ def entries(path, chunk=1 << 24):
                     break                                   # the chunk ends inside the value
                 yield found[1], value
     if text[at:].strip() != "}":
-        raise DataError(f"{path}: damaged, or its end is missing; download it again")
+        raise ValueError("its end is missing: download it again")
 
 
-def own(source):
-    """A .csv or .tsv with columns such as path, caption, or a folder of clips with .txt or .json
-    captions beside them."""
-    return itertools.chain.from_iterable(map(own_samples, source.annotations))
-
-
-def one_a_row(source, columns="", **fields):
-    """A row is a sample, in the columns of its owners, of ClipBERT or of the authors; answers
-    count from 0, in LSMDC's test from 1 (its first option is the truth elsewhere)."""
-    for row in rows(source.paths, columns):
-        sample = fields | {OURS[key]: value for key, value in row.items() if key in OURS}
+def one_a_row(source, path, columns="", prefix="", **fields):
+    """A row is a sample, in its owners' columns or ClipBERT's; answers count from 0 but in LSMDC's
+    test, which counts from 1 (its first option is right elsewhere)."""
+    for row in rows(path, columns):
+        renamed = {OURS.get(key, key): value for key, value in row.items()}
+        sample = fields | {key: renamed[key] for key in FIELDS if key in renamed}
         if "videoid" in row:                                # WebVid
             sample["video"] = f"{row['page_dir']}/{row['videoid']}"
         if "url" in row:                                    # CC3M: so the usual downloader saves it
@@ -1412,163 +1388,121 @@ def one_a_row(source, columns="", **fields):
             sample["video"] = "{youtube_id}_{time_start:0>6}_{time_end:0>6}".format(**row)
         if "vid_key" in row:                                # MSR-VTT: "msr1234" is video1234
             sample["video"] = row["vid_key"].replace("msr", "video")
+        if "video_id" in row:                               # questions on MSR-VTT, MSVD: a number
+            sample["video"] = prefix + str(row["video_id"]).removeprefix(prefix)
+            sample["kind"] = row["question"].partition(" ")[0].lower()
         if "type" in row:                                   # FrameQA
             sample["kind"] = ["object", "number", "color", "location"][int(row["type"])]
         if "nan" not in row.get("ts", "nan"):               # TVQA: "76.01-84.2" seconds
             sample["start"], sample["end"] = map(float, row["ts"].split("-"))
         if "a1" in row:
             sample["options"] = [row[f"a{i}"] for i in range(6) if f"a{i}" in row]
-        if "from_one" in row:                               # LSMDC
-            sample["answer"] = int(row["from_one"]) - 1
         if "options" in sample:
-            sample["answer"] = int(sample["answer"])
+            right = row.get("from_one")                     # LSMDC
+            sample["answer"] = int(right) - 1 if right else int(sample["answer"])
         if "video" not in sample or not sample.keys() & {"text", "answer"}:
             raise LookupError(f"columns {', '.join(row)}")
         yield sample
 
 
-def howto100m(source):
+def howto100m(source, path):
     """A video's windows make one sample: a visit draws one. Text without stop words."""
-    for path in source.paths:
-        if path.endswith(".json"):
-            for video, c in entries(path):
-                yield {"video": video, "captions": [*zip(c["start"], c["end"], c["text"])]}
-        else:
-            yield {"video": os.path.basename(path)[:-4], "captions": [
-                (float(row["start"]), float(row["end"]), row["text"]) for row in rows([path])]}
+    if path.endswith(".json"):
+        for video, told in entries(path):
+            yield {"video": video, "captions": [*zip(told["start"], told["end"], told["text"])]}
+    else:
+        yield {"video": os.path.basename(path)[:-4], "captions": [
+            (float(row["start"]), float(row["end"]), row["text"]) for row in rows(path)]}
 
 
-def yttemporal(source):
-    """The paper takes the first half of the shards; the windows of speech are cut once."""
-    for video in rows(source.paths):
-        clean = " ".join(span["cleanasr"] for span in video.get("denoised", ())).split()
-        length = float(video["info"].get("duration") or "inf")
-        yield {"video": video["info"]["id"],
-               "captions": speech_windows(video["subtitles"], clean, length)}
+def yttemporal(source, path):
+    """Windows of 12.5 s (the release draws 10-15 s) of the subtitles' own words (the release warps
+    the denoised ones to their times). The paper takes the first half of the shards."""
+    for video in rows(path):
+        windows = []
+        for second, word in sorted((word["time"], word["word"]) for word in video["subtitles"]):
+            if word[:1] == "&" or word[-1:] == ";":         # "&gt;&gt;"
+                continue
+            if not windows or second >= windows[-1][1]:
+                windows.append([second, second + 12.5, word])
+            else:
+                windows[-1][2] += f" {word}"
+        yield {"video": video["info"]["id"], "captions": windows}
 
 
-def speech_windows(subtitles, clean, duration):
-    """[start, end, text]: 12.5 s (the release draws 10-15 s at each visit) and what is said in it.
-    Denoised words have the times of the subtitles equal to them (the release: dynamic time
-    warping), in between times in proportion, and after the last the subtitles' mean pace."""
-    spoken = sorted((float(word["time"]), word["word"]) for word in subtitles
-                    if word["word"][:1] != "&" and word["word"][-1:] != ";")     # "&gt;&gt;"
-    if not spoken:
-        return []
-    seconds, words = zip(*spoken)
-    clean = clean or words
-    bare = [[re.sub(r"\W", "", word).lower() for word in side] for side in (words, clean)]
-    known = {0: seconds[0]}                                 # number of a denoised word: its time
-    for a, b, size in difflib.SequenceMatcher(None, *bare).get_matching_blocks():
-        known |= zip(range(b, b + size), seconds[a:a + size])
-    last, pace = max(known), (seconds[-1] - seconds[0]) / max(len(words) - 1, 1)
-    after = known[last] + pace * (len(clean) - 1 - last)
-    known.setdefault(len(clean) - 1, min(max(after, seconds[-1]), duration))
-    windows = []
-    times = np.interp(range(len(clean)), list(known), list(known.values()))
-    for second, word in zip(times.tolist(), clean):
-        if not windows or second >= windows[-1][0] + 12.5:
-            windows.append([second, min(second + 12.5, duration), word])
-        else:
-            windows[-1][2] += f" {word}"
-    return windows
-
-
-def coco(source):
-    """An image has all its captions. Karpathy's restval is train."""
-    for data in rows(source.paths):
-        texts = collections.defaultdict(list)
-        for note in data.get("annotations", ()):            # COCO's own files
-            texts[note["image_id"]].append(note["caption"])
-        for image in data["images"]:
-            told = [sentence["raw"] for sentence in image.get("sentences", ())]
-            if image.get("split", source.split).replace("restval", "train") == source.split:
-                yield {"video": image.get("filename") or image["file_name"],
-                       "texts": told or texts[image["id"]]}
-
-
-def msrvtt(source, protocol):
-    """9K and 7K test on 1k-A, MSRVTT_JSFUSION_test.csv; 9K trains on all other videos, 7K on the
-    official train and val. With *_list_miech.txt 7K is 1k-B, which the release offers too. "mc"
-    trains on captions as JSFusion did, each against 4 of other videos (places tell nothing)."""
-    if protocol == "mc" and source.split == "test":
-        yield from one_a_row(source)
-        return
-    captions = {"train": {}, "val": {}, "test": {}}         # to video6512, video7009, video9999
-    for data in rows(source.find(MSRVTT)):
-        for note in data["sentences"] if "sentences" in data else data["annotations"]:
-            video = note.get("video_id") or note["image_id"]
-            number = int(video.removeprefix("video"))
-            split = "train" if number < 6513 else "val" if number < 7010 else "test"
-            captions[split].setdefault(video, []).append(note["caption"])
-    texts = captions[source.split]
-    if protocol == "mc":
-        pool = [(video, text) for video in texts for text in texts[video]]
-        draw = random.Random(0)
-        for video, text in pool:
-            others = draw.sample(pool, min(50, len(pool)))
-            wrong = dict.fromkeys(b for a, b in others if a != video and b != text)
-            yield {"video": video, "options": [text, *list(wrong)[:4]], "answer": 0}
-        return
-    pool = captions["train"] | captions["val"]
-    if protocol == "7k" and (listed := source.find(f"{source.split}_list_miech.txt")):
-        every = pool | captions["test"]
-        texts = {video: every[video] for video in rows(listed)}
-    elif protocol != "full":
-        if not (table := source.find("MSRVTT_JSFUSION_test.csv")):
-            raise DataError("MSR-VTT 9K and 7K need MSRVTT_JSFUSION_test.csv, the test captions "
-                            f"of 1k-A; put it beside {source.paths[0]}")
-        pool |= captions["test"] if protocol == "9k" else {}
-        test = {row["video_id"]: [row["sentence"]] for row in rows(table)}
-        texts = test if source.split == "test" else {
-            video: pool[video] for video in pool if video not in test}
-    yield from ({"video": video, "texts": texts[video]} for video in texts)
-
-
-def open_qa(source, prefix):
-    """Videos are numbers or names. "kind" is the question's first word."""
-    names = {key: name for name, key in map(str.split, rows(source.find("*youtube_mapping.txt")))}
-    for row in rows(source.paths):
-        video = str(row["video_id"])
-        video = prefix + video if video.isdigit() else video
-        yield {"video": [names.get(video, video), video], "question": row["question"],
-               "answer": str(row["answer"]), "kind": row["question"].partition(" ")[0].lower()}
-
-
-def msvd(source):
-    """A clip and a caption a line. Splits: {train,val,test}_list.txt, or vid1 to 1200, to 1300 and
-    to 1970 of youtube_mapping.txt."""
-    numbers = {"train": range(1, 1201), "val": range(1201, 1301), "test": range(1301, 1971)}
-    mapping = map(str.split, rows(source.find("*youtube_mapping.txt")))
-    wanted = list(rows(source.find(f"{source.split}_list.txt"))) or [
-        name for name, key in mapping if int(key.removeprefix("vid")) in numbers[source.split]]
+def captioned(source, path, paragraph=False):
+    """A clip has all its captions; as a paragraph they are one text (times are not used)."""
     texts = collections.defaultdict(list)
-    for line in rows(source.paths):
-        video, _, text = line.partition(" ")
-        texts[video].append(text)
-    yield from ({"video": video, "texts": texts[video]} for video in wanted)
+    for row in rows(path):
+        if isinstance(row, str):                            # MSVD: a clip and a caption a line
+            pairs = [row.partition(" ")[::2]]
+        elif "annotations" in row:                          # COCO's, and in its form MSR_VTT.json
+            names = {image["id"]: image.get("file_name") for image in row.get("images", ())}
+            pairs = [(names.get(note["image_id"]) or note["image_id"], note["caption"])
+                     for note in row["annotations"]]
+        elif "images" in row:                               # Karpathy's: restval is train
+            pairs = [(image["filename"], sentence["raw"]) for image in row["images"]
+                     if image["split"].replace("restval", "train") == source.split
+                     for sentence in image["sentences"]]
+        elif "sentences" in row:                            # MSR-VTT's
+            pairs = [(note["video_id"], note["caption"]) for note in row["sentences"]]
+        elif "description" in row:                          # DiDeMo
+            pairs = [(row["video"], row["description"])]
+        elif "caption" in row:                              # ClipBERT's ActivityNet
+            pairs = [(row["clip_name"], row["caption"])]
+        else:                                               # its owners'
+            pairs = [(video, text) for video, note in row.items() for text in note["sentences"]]
+        for video, text in pairs:
+            texts[video].append(text)
+    for video, told in texts.items():
+        yield {"video": video} | ({"text": " ".join(told)} if paragraph else {"texts": told})
 
 
-def paragraphs(source):
-    """All descriptions of a video, in the order of the file, are one text; times are not used.
-    ActivityNet's val_2 tells of the videos of val_1 again. Files may lack the "v_" of its ids."""
-    texts = collections.defaultdict(list)
-    for row in rows(source.paths):
-        if video := row.get("video") or row.get("clip_name"):
-            texts[video].append(row.get("caption") or row.get("text") or row["description"])
-        else:                                               # ActivityNet's own file
-            for video, note in row.items():
-                texts[video] += note["sentences"]
-    for video in texts:
-        yield {"video": [video, video.removeprefix("v_")], "text": " ".join(texts[video])}
+def msrvtt(source, path, train=""):
+    """The official splits. Or, with `train`, 1k-A: MSRVTT_JSFUSION_test.csv tests, all other videos
+    of the official splits `train` train (9K: of all, 7K: of train and val)."""
+    test = {row["video_id"]: [row["sentence"]] for row in rows(path)} if train else {}
+    texts = {names_of(sample["video"])[1]: sample["texts"]
+             for file in (source.find(MSRVTT) if train else [path])
+             for sample in captioned(source, file)}
+    for video, told in (texts | test).items():
+        number = int(video.removeprefix("video"))
+        split = "train" if number < 6513 else "val" if number < 7010 else "test"
+        if train:
+            split = "test" if video in test else "train" if split in train else None
+        if split == source.split:
+            yield {"video": video, "texts": told}
 
 
-def vcr(source, rationale):
-    """A list [i, j] among the words becomes "person 0 person 1", numbered by first mention in
-    question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]), from the .json beside the
-    image, are of those that the sample's own words mention. QA→R's question ends in the right
-    answer. Line n of both manifests is one question."""
-    for row in rows(source.paths):
+def msrvtt_mc(source, path):
+    """JSFusion's or ClipBERT's questions test. MSR-VTT's captions train as JSFusion's did, each
+    against 4 of other videos (places tell nothing)."""
+    if source.split == "test":
+        yield from one_a_row(source, path)
+        return
+    pool = [(sample["video"], text) for file in source.find(MSRVTT)
+            for sample in msrvtt(source, file) for text in sample["texts"]]
+    draw = random.Random(0)
+    for video, text in pool:
+        others = draw.sample(pool, min(50, len(pool)))
+        wrong = dict.fromkeys(b for a, b in others if a != video and b != text)
+        yield {"video": video, "options": [text, *list(wrong)[:4]], "answer": 0}
+
+
+def msvd(source, path):
+    """By youtube_mapping.txt vid1 to 1200 train, to 1300 validate, to 1970 test."""
+    texts = {sample["video"]: sample["texts"] for sample in captioned(source, path)}
+    for video, number in source.mapping():
+        number = int(number.removeprefix("vid"))
+        if source.split == ("train" if number <= 1200 else "val" if number <= 1300 else "test"):
+            yield {"video": video, "texts": texts.get(video, [])}
+
+
+def vcr(source, path, rationale):
+    """A list [i, j] among the words becomes "person 0 person 1", numbered by first mention in all
+    question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]) are of those that the sample's
+    words mention, from the .json beside the image. QA→R's question ends in the right answer."""
+    for row in rows(path):
         number = {}                                         # an object's index: its own number
 
         def words(tokens):
@@ -1576,36 +1510,32 @@ def vcr(source, rationale):
                 f"{row['objects'][i]} {number.setdefault(i, len(number))}" for i in token)
                 for token in tokens)
 
-        question, label = row["question"], row["answer_label"]
-        for tokens in (question, *row["answer_choices"], *row["rationale_choices"]):
-            words(tokens)                                   # numbers all, alike for both manifests
-        options, kind = row["answer_choices"], "Q→A"
+        question, options, label = row["question"], row["answer_choices"], row["answer_label"]
+        words(sum(options + row["rationale_choices"], question))    # numbers all, for both alike
         if rationale:
             question, options = question + options[label], row["rationale_choices"]
-            label, kind = row["rationale_label"], "QA→R"
-        sample = {"video": row["img_fn"], "question": words(question), "kind": kind,
-                  "options": [words(tokens) for tokens in options], "answer": label}
+            label = row["rationale_label"]
+        sample = {"video": row["img_fn"], "kind": "QA→R" if rationale else "Q→A", "answer": label,
+                  "question": words(question), "options": [words(tokens) for tokens in options]}
         mentioned = set().union(*(t for t in sum(options, question) if isinstance(t, list)))
         if mentioned and (image := source.clip(row["img_fn"])):
-            notes = os.path.join(os.path.dirname(image), os.path.basename(row["metadata_fn"]))
-            boxes = next(rows([notes]))["boxes"]
+            boxes = next(rows(f"{os.path.splitext(image)[0]}.json"))["boxes"]
             sample["boxes"] = [[k, *boxes[i][:4]] for i, k in number.items() if i in mentioned]
         yield sample
 
 
-def hmdb51(source):
+def hmdb51(source, path):
     """"<clip>.avi 1" trains, 2 tests, 0 does neither. As the release, the first of three splits."""
-    for path in source.paths:
-        label = os.path.basename(path).removesuffix("_test_split1.txt")
-        for clip, use in (line.rsplit(maxsplit=1) for line in rows([path])):
-            if use == {"train": "1", "test": "2"}[source.split]:
-                yield {"video": f"{label}/{clip}", "answer": label.replace("_", " ")}
+    label = os.path.basename(path).removesuffix("_test_split1.txt")
+    for clip, use in (line.rsplit(maxsplit=1) for line in rows(path)):
+        if use == {"train": "1", "test": "2"}[source.split]:
+            yield {"video": f"{label}/{clip}", "answer": label.replace("_", " ")}
 
 
-def ego4d_mc(source):
+def ego4d_mc(source, path):
     """Cells are Python lists: question [video, frame, ..., text], answers [[..., text], ...]. As in
     the release a clip is the 120 frames (at 30 a second) about the narrated one."""
-    for row in rows(source.paths):
+    for row in rows(path):
         video, frame, *_, text = ast.literal_eval(row["question"])
         options = [answer[-1] for answer in ast.literal_eval(row["answers"])]
         yield {"video": video, "start": max(frame / 30 - 2, 0), "end": frame / 30 + 2,
@@ -1613,133 +1543,107 @@ def ego4d_mc(source):
 
 
 MSRVTT = "*videodatainfo.json | MSRVTT_data.json | MSR_VTT.json"
-TGIF = "Tab. 2a: github.com/YunseokJANG/tgif-qa"
-QA, LSMDC = "github.com/xudejing/video-question-answering", "sites.google.com/site/describingmovies"
-VCR = "Tab. 5: visualcommonsense.com, with vcr1images; test hides its answers"
-# name: reader; splits ("test=val": our test is their val); names of the annotation files (SPLIT in
-# any spelling; of forms between " | " the first at hand); answers that answers.json keeps; from
+ONE_K_A = "MSRVTT_JSFUSION_test.csv"
+QA, TGIF = "github.com/xudejing/video-question-answering", "github.com/YunseokJANG/tgif-qa"
+LSMDC, VCR = "sites.google.com/site/describingmovies", "visualcommonsense.com, with vcr1images"
+# name: reader; annotation files (of forms between " | " the first at hand); where they are from;
+# what SPLIT stands for, if not for train, val and test ("test=val": our test is their val)
 DATASETS = {
-    "own": (own, "train", "*.csv | *.tsv | *.txt | *.json", 0,
-            "your own table or folder of captioned clips"),
-    "webvid": (one_a_row, "train val", "results_*_SPLIT.csv | webvid_SPLIT_*.tsv", 0,
-               "Sec. 4.1.2, pre-training: m-bain.github.io/webvid-dataset, withdrawn in 2024"),
-    "howto100m": (howto100m, "train", "???????????.csv | caption.json | raw_caption*.json", 0,
-                  "Sec. 4.1.2: howto100m_captions.zip, di.ens.fr/willow/research/howto100m"),
-    "yttemporal": (yttemporal, "train", "*.jsonl.gz | *.jsonl | ???????????*.json", 0,
-                   "pre-training of All-in-one*: YT-Temporal-180M, rowanzellers.com/merlot"),
-    "cc3m": (partial(one_a_row, columns="text url", image=True), "train val",
-             "SPLIT_GCC*.tsv | cc3m_SPLIT_*.tsv", 0,
-             "pre-training for Tab. 5: ai.google.com/research/ConceptualCaptions"),
-    "coco": (coco, "train val test", "dataset_coco.json | captions_SPLIT20*.json", 0,
-             "pre-training for Tab. 5: Karpathy's splits, or the files of cocodataset.org"),
-    "msrvtt_9k": (partial(msrvtt, protocol="9k"), "train test", MSRVTT, 0,
-                  "Tab. 3a: ms-multimedia-challenge.com/2016, and MSRVTT_JSFUSION_test.csv"),
-    "msrvtt_7k": (partial(msrvtt, protocol="7k"), "train test", MSRVTT, 0, "Tab. 3a: as msrvtt_9k"),
-    "msrvtt_full": (partial(msrvtt, protocol="full"), "train val test", MSRVTT, 0,
-                    "the official splits: not in the paper"),
-    "msrvtt_mc": (partial(msrvtt, protocol="mc"), "train val test",
-                  "MSR_MC_test.csv | msrvtt_mc_test.jsonl", 0,
-                  "Tab. 4a: JSFusion's or ClipBERT's test; MSR-VTT's own files to train"),
-    "msrvtt_qa": (partial(open_qa, prefix="video"), "train val test",
-                  "SPLIT_qa.json | msrvtt_qa_SPLIT.jsonl", 1500, f"Tab. 2b: {QA}"),
-    "msvd_qa": (partial(open_qa, prefix="vid"), "train val test",
-                "SPLIT_qa.json | msvd_SPLIT_qa_encode.json", 1000,
-                f"Tab. 2c: {QA}, and youtube_mapping.txt"),
-    "msvd": (msvd, "train val test", "AllVideoDescriptions.txt", 0,
-             "retrieval in the release: cs.utexas.edu/users/ml/clamp/videoDescription"),
-    "tgif_action": (one_a_row, "train test", "SPLIT_action_*.csv | action_SPLIT.jsonl", 0, TGIF),
-    "tgif_transition": (one_a_row, "train test", "SPLIT_trans*.csv | trans*_SPLIT.jsonl", 0, TGIF),
-    "tgif_frameqa": (one_a_row, "train test", "SPLIT_frame*.csv | frameqa_SPLIT.jsonl", 1540, TGIF),
-    "tvqa": (partial(one_a_row, fps=3), "train test=val", "tvqa_SPLIT.jsonl", 0,
-             "App. A, Fig. 7: tvqa.cs.unc.edu; no subtitles, as the release (the paper is silent)"),
-    "lsmdc": (partial(one_a_row, columns="video _ _ _ _ text"), "train val test=challenge_1000_.*",
-              "LSMDC16_annos_SPLIT.csv | LSMDC16_SPLIT.csv", 0, f"Sec. 4.3.2, retrieval: {LSMDC}"),
+    "webvid": (one_a_row, "results_*_SPLIT.csv", "m-bain.github.io/webvid-dataset", "train val"),
+    "howto100m": (howto100m, "???????????.csv | caption.json | raw_caption*.json",
+                  "di.ens.fr/willow/research/howto100m", "train"),
+    "yttemporal": (yttemporal, "*.jsonl.gz | *.jsonl | ???????????*.json",
+                   "YT-Temporal-180M, rowanzellers.com/merlot", "train"),
+    "cc3m": (partial(one_a_row, columns="text url", image=True), "SPLIT_GCC*.tsv",
+             "ai.google.com/research/ConceptualCaptions", "train val=validation"),
+    "coco": (captioned, "dataset_coco.json | captions_SPLIT20*.json", "Karpathy; cocodataset.org"),
+    "msrvtt_9k": (partial(msrvtt, train="train val test"), ONE_K_A, MSRVTT, "train test"),
+    "msrvtt_7k": (partial(msrvtt, train="train val"), ONE_K_A, MSRVTT, "train test"),
+    "msrvtt_full": (msrvtt, MSRVTT, "ms-multimedia-challenge.com/2016"),
+    "msrvtt_mc": (msrvtt_mc, "MSR_MC_test.csv | msrvtt_mc_test.jsonl", MSRVTT),
+    "msrvtt_qa": (partial(one_a_row, prefix="video"), "SPLIT_qa.json | msrvtt_qa_SPLIT.jsonl", QA),
+    "msvd_qa": (partial(one_a_row, prefix="vid"), "SPLIT_qa.json", f"{QA}: youtube_mapping.txt"),
+    "msvd": (msvd, "AllVideoDescriptions.txt", "cs.utexas.edu/users/ml/clamp/videoDescription"),
+    "tgif_action": (one_a_row, "SPLIT_action_*.csv | action_SPLIT.jsonl", TGIF),
+    "tgif_transition": (one_a_row, "SPLIT_trans*.csv | trans*_SPLIT.jsonl", TGIF),
+    "tgif_frameqa": (one_a_row, "SPLIT_frame*.csv | frameqa_SPLIT.jsonl", TGIF),
+    "tvqa": (partial(one_a_row, fps=3), "tvqa_SPLIT.jsonl", "tvqa.cs.unc.edu", "train test=val"),
+    "lsmdc": (partial(one_a_row, columns="video _ _ _ _ text"), "LSMDC16_SPLIT.csv", LSMDC,
+              "train=annos_training val=annos_val test=challenge_1000_*"),
     "lsmdc_mc": (partial(one_a_row, columns="video _ _ _ _ a1 a2 a3 a4 a5 from_one", answer=0),
-                 "train val test", "LSMDC16_multiple_choice_SPLIT*.csv", 0, f"Tab. 4b: {LSMDC}"),
-    "didemo": (paragraphs, "train val test", "SPLIT_data.json | DiDeMo_SPLIT.tsv", 0,
-               "Tab. 3c: descriptions, github.com/LisaAnne/LocalizingMoments"),
-    "activitynet": (paragraphs, "train test=val_?1", "SPLIT.json | SPLIT.jsonl", 0,
-                    "Tab. 3b: cs.stanford.edu/people/ranjaykrishna/densevid, or ClipBERT's"),
-    "vcr_qa": (partial(vcr, rationale=False), "train test=val", "SPLIT.jsonl", 0, VCR),
-    "vcr_qar": (partial(vcr, rationale=True), "train test=val", "SPLIT.jsonl", 0, VCR),
-    "kinetics400": (one_a_row, "train test=val", "SPLIT.csv | kinetics?400_SPLIT.csv", 400,
-                    "Tab. 12: DeepMind's, or github.com/cvdfoundation/kinetics-dataset"),
-    "hmdb51": (hmdb51, "train test", "*_test_split1.txt", 51,
-               "Tab. 12: testTrainMulti_7030_splits, serre-lab.clps.brown.edu"),
-    "ego4d_mc": (ego4d_mc, "test", "mc_val.csv", 0,
-                 "Tab. 13, zero-shot: the authors' file (the training questions are not public)")}
+                 "LSMDC16_multiple_choice_SPLIT.csv", LSMDC, "train val=valid test=test_*"),
+    "didemo": (partial(captioned, paragraph=True), "SPLIT_data.json",
+               "github.com/LisaAnne/LocalizingMoments"),
+    "activitynet": (partial(captioned, paragraph=True), "SPLIT.json | SPLIT.jsonl",
+                    "cs.stanford.edu/people/ranjaykrishna/densevid", "train test=val*1"),
+    "vcr_qa": (partial(vcr, rationale=False), "SPLIT.jsonl", VCR, "train test=val"),
+    "vcr_qar": (partial(vcr, rationale=True), "SPLIT.jsonl", VCR, "train test=val"),
+    "kinetics400": (one_a_row, "SPLIT.csv | kinetics?400_SPLIT.csv",
+                    "github.com/cvdfoundation/kinetics-dataset", "train test=val*"),
+    "hmdb51": (hmdb51, "*_test_split1.txt", "serre-lab.clps.brown.edu", "train test"),
+    "ego4d_mc": (ego4d_mc, "mc_val.csv", "the authors", "test")}
+COMMONEST = {"msrvtt_qa": 1500, "msvd_qa": 1000, "tgif_frameqa": 1540}     # answers: else all
 
 
-def published(reader, source, expected):
+def published(reader, source, paths, expected):
     """A reader's samples, tidy; DataError if a file is not as published."""
-    try:
-        for sample in reader(source):
-            sample = {key: tidy(value) for key, value in sample.items() if key != "where"}
-            for key, says in (("texts", bool), ("captions", lambda c: c[2] and c[1] > c[0])):
-                if key in sample:
-                    sample[key] = list(filter(says, sample[key]))
-            yield sample
-    except DataError:
-        raise
-    except (LookupError, TypeError, AttributeError, SyntaxError, ValueError, OSError) as error:
-        raise DataError(f"{', '.join(source.paths[:3])}: not as published ({error!r}); "
-                        f"expected: {expected}") from error
+    for path in paths:
+        try:
+            for sample in reader(source, path):
+                sample = {key: tidy(value) for key, value in sample.items()}
+                for key, says in (("texts", bool), ("captions", lambda c: c[2] and c[1] > c[0])):
+                    if key in sample:
+                        sample[key] = list(filter(says, sample[key]))
+                yield sample
+        except DataError:
+            raise
+        except (LookupError, TypeError, AttributeError, SyntaxError, ValueError, OSError, EOFError,
+                zlib.error) as error:
+            raise DataError(f"{path}: not as published ({error!r}); expected {expected}") from error
 
 
 def convert(name, annotations, videos, out):
     """Writes OUT/{train,val,test}.jsonl, and OUT/answers.json, of data set `name`.
     annotations: files, or folders that hold them, as published. videos: the folder of the clips,
-    at any depth. Clips that are not there and samples without text are left out, counted and
-    named: half a download is half a manifest. answers.json: the commonest training answers first
-    (Sec. 4.2.1), ties by first appearance, of the whole annotation whatever the download holds.
-    DataError if nothing is left or a file is not as published; OUT is then as it was."""
+    at any depth. Clips that are not there and samples without text are left out, counted, named.
+    answers.json: all training answers, whatever the download holds, the commonest first (Sec.
+    4.2.1). DataError if nothing is left or a file is not as published; OUT is then as it was."""
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
-    reader, splits, forms, keep, about = DATASETS[name]
-    expected = tidy(f"{forms} ({about}). {getattr(reader, 'func', reader).__doc__}")
+    reader, forms, site, *splits = DATASETS[name]
+    expected = tidy(f"{forms} ({site}). {getattr(reader, 'func', reader).__doc__}")
     source, out = Release(annotations, videos), os.path.realpath(out)
-    reports, answers = [], collections.Counter()
-    for file in source.files:                      # VCR's own file is train.jsonl, for instance
-        if os.path.realpath(os.path.dirname(file)) == out:
-            raise DataError(f"{file} lies in --out, where it might be read or replaced as a "
-                            "manifest; choose a folder outside of --annotations")
+    if any(os.path.realpath(os.path.dirname(file)) == out for file in source.files):
+        raise DataError(f"--annotations lie in --out {out} and might be replaced by manifests")
+    answers, tally = collections.Counter(), collections.defaultdict(collections.Counter)
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=out) as beside:     # all or none
-        for split in splits.split():
-            split, _, theirs = split.partition("=")
-            source.split, source.paths = split, source.find(forms, theirs or split)
-            if not source.paths:
-                reports.append(f"{split}: no annotation file is named {forms}")
-                print(reports[-1])
-                continue
-            kept, empty, missing = collections.Counter(), 0, collections.Counter()
-            with open(f"{beside}/{split}.jsonl", "w", encoding="utf-8") as file:
-                for sample in published(reader, source, expected):
-                    if split == "train" and keep:
+        for split in " ".join(splits or ["train val test"]).split():
+            source.split, _, theirs = split.partition("=")
+            paths = source.find(forms, theirs or split)
+            with open(f"{beside}/{source.split}.jsonl", "w", encoding="utf-8") as file:
+                for sample in published(reader, source, paths, expected):
+                    if source.split == "train" and "answer" in sample and "options" not in sample:
                         answers[sample["answer"]] += 1
-                    names = [sample["video"]] if type(sample["video"]) is str else sample["video"]
-                    if not (path := source.clip(*names)):
-                        missing[names[0]] += 1
-                    elif any(value in ("", []) for value in sample.values()):
-                        empty += 1
-                    else:
+                    path = source.clip(sample["video"])
+                    empty = any(value in ("", []) for value in sample.values())
+                    fate = "without text" if empty else "written" if path else f"not under {videos}"
+                    tally[source.split, fate][sample["video"]] += 1
+                    if fate == "written":
                         sample["video"] = os.path.relpath(path, out)
                         file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-                        kept[path] += 1
-            if not kept:
-                os.remove(file.name)
-            named = f" (such as {', '.join(list(missing)[:3])})" if missing else ""
-            reports.append(f"{split}: {kept.total():,} samples of {len(kept):,} clips; left out "
-                           f"{missing.total():,} samples of {len(missing):,} clips that are not "
-                           f"under {videos}{named} and {empty:,} without text")
-            print(reports[-1])
-        if not os.listdir(beside):
-            raise DataError(f"{name}: nothing to write. {'; '.join(reports)}; expected: {expected}")
+        reports = [f"{split}: {clips.total():,} samples of {len(clips):,} clips {fate}, such as "
+                   f"{', '.join(list(clips)[:3])}" for (split, fate), clips in tally.items()]
+        if not any(fate == "written" for _, fate in tally):
+            told = "; ".join(reports) or "no annotation file is named so"
+            raise DataError(f"{name}: nothing to write: {told}; expected {expected}")
+        print(*reports, sep="\n")
         if answers:
-            listed = [answer for answer, _ in answers.most_common(keep)]
+            listed = [answer for answer, _ in answers.most_common(COMMONEST.get(name))]
             Path(beside, "answers.json").write_text(json.dumps(listed, ensure_ascii=False), "utf-8")
         for file in os.listdir(beside):
-            os.replace(f"{beside}/{file}", f"{out}/{file}")
+            if os.path.getsize(f"{beside}/{file}"):
+                os.replace(f"{beside}/{file}", f"{out}/{file}")
 
 
 # ==== Command line ================================================================================
@@ -1748,36 +1652,24 @@ def main():
     """python data.py COMMAND: see --help of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("toy", help="write the toy data set")
-    command.add_argument("--out", default="data/toy", help="folder (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0)
-    command = commands.add_parser(
-        "convert", help="an original public release of a data set to manifests",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
-            f"  {name:<16} {entry[4].split(':')[0]}" for name, entry in DATASETS.items()))
-    command.add_argument("name", metavar="NAME", help="a data set of the list below")
-    command.add_argument("--annotations", nargs="+", required=True, metavar="PATH",
-                         help="its annotation files, or folders of them")
-    command.add_argument("--videos", required=True, metavar="DIR", help="the folder of its clips")
-    command.add_argument("--out", required=True, metavar="DIR", help="where the manifests go")
-    command = commands.add_parser("check", help="decode every sample of a manifest, report, clean")
-    command.add_argument("manifest")
-    command.add_argument("--workers", type=int, default=os.cpu_count(), help="reading processes")
-    command.add_argument("--timeout", type=float, default=60, help="seconds a file may take")
-    command.add_argument("--frames", type=int, default=3, help="S, to find shorter clips")
-    command.add_argument("--image_size", type=int, default=224, help="pixels, to time decoding")
-    command.add_argument("--vocab", help="to count a text's tokens: a name or a local vocab.txt")
-    command.add_argument("--max_text_len", type=int, default=40)
-    command.add_argument("--gpu", type=float, default=400, help="clips/s that a GPU trains on")
+    shown = argparse.RawDescriptionHelpFormatter     # and what is not given is left to the function
+    toys, converts, checks = (
+        commands.add_parser(run.__name__, description=run.__doc__, formatter_class=shown,
+                            argument_default=argparse.SUPPRESS) for run in (toy, convert, check))
+    toys.add_argument("--out", dest="root")
+    toys.add_argument("--seed", type=int)
+    converts.epilog = "\n".join(f"{name}: {files} ({site})"
+                                for name, (_, files, site, *_) in DATASETS.items())
+    converts.add_argument("name")
+    converts.add_argument("--annotations", nargs="+", required=True)
+    converts.add_argument("--videos", required=True)
+    converts.add_argument("--out", required=True)
+    checks.add_argument("manifest")
+    checks.add_argument("--vocab")
+    for flag in "workers", "timeout", "frames", "image_size", "max_text_len", "gpu":
+        checks.add_argument(f"--{flag}", type=int)
     args = vars(parser.parse_args())
-    command = args.pop("command")
-    if command == "toy":
-        print(toy(args["out"], args["seed"]))
-    elif command == "convert":
-        convert(**args)
-    else:
-        vocab = args.pop("vocab")
-        check(**args, tokenizer=Tokenizer.load(vocab) if vocab else None)
+    {"toy": toy, "convert": convert, "check": check}[args.pop("command")](**args)
 
 
 if __name__ == "__main__":
