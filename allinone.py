@@ -331,8 +331,10 @@ def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, first: in
         "release" moves floor(ratio/2 * n) leading ones forward and as many trailing ones backward.
     select: which move (App. C.2, Tab. 11b): one "block" (the paper does not say which; here the
         frame's top rows), "random" ones drawn on each call, a block "varying" with layer = 1..L.
-    A permutation without parameters. RuntimeError if the rows are not whole clips.
+    A permutation without parameters. ValueError if the rows are not whole clips.
     """
+    if len(tokens) % frames:
+        raise ValueError(f"{len(tokens)} rows are not whole clips of {frames} adjacent frames")
     n = tokens.shape[1] - first
     k = int(ratio / 2 * n) if roll == "release" else round(ratio * n)
     moves = [(slice(first, first + k), +1)]

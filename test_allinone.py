@@ -284,6 +284,7 @@ def test_flatten_pays_more_for_attention_but_not_in_total():  # Fig. 3 and Sec. 
     (lambda m: m(clip()[0], words()), r"single image \[:, None\]"),
     (lambda m: m(clip(size=96), words()), "built for"),
     (lambda m: m(clip(), words(m=9)), "--max_text_len"),
+    (lambda m: token_rolling(torch.zeros(4, 9, 8), 3), "not whole clips of 3 adjacent frames"),
     (lambda m: build(temporal_position=True)(clip(S=4), words()), "up to --frames 3"),
     (lambda m: Config(temporal="rolling"), "it can be 'token_rolling'"),
     (lambda m: Config(roll_ratio=1.5), "share of the patches"),
@@ -1483,6 +1484,17 @@ def finished(out) -> tuple[dict, list]:
     return torch.load(out / "checkpoint.pt", weights_only=True), losses
 
 
+def equal(a, b) -> bool:
+    """Whether two nests of dicts, lists and tensors are the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 def same_bits(one, other):
     """Two run folders hold the same weights, optimiser state, best and losses of every step."""
     (saved, losses), (expected, expected_losses) = finished(one), finished(other)
@@ -1491,7 +1503,7 @@ def same_bits(one, other):
         saved["best"], expected["best"] = (torch.load(out / "best.pt")["model"] for out in
                                            (one, other))
     for key in ("model", "optimizer", "scaler", "state", "best"):
-        torch.testing.assert_close(saved.get(key), expected.get(key), rtol=0, atol=0)
+        assert equal(saved.get(key), expected.get(key)), key
 
 
 @pytest.fixture(scope="session")
@@ -2103,16 +2115,6 @@ def test_false_captions_are_never_the_clips_own(clips):  # Sec. 4.2.2
         assert ids[0] in own and not any(other in own for other in ids[1:])
         seen.add(len(ids))
     assert max(seen) > 5                               # as many as asked but for its own
-
-
-def test_hard_negatives_are_the_likest_captions_of_other_words():
-    ids = torch.tensor([[1, 2], [1, 2], [1, 3], [1, 4]])[:, None]        # 0 and 1 are equal
-    batch = {"text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool)}
-    text = torch.tensor([[1., 0], [1, 0], [.8, .6], [0, 1]])
-    hard = train.hard_options(batch, text, text, 2)
-    assert hard["text_ids"][0, :, 1].tolist() == [2, 3, 4]
-    assert hard["text_ids"][3, :2, 1].tolist() == [4, 3] and hard["option_mask"].all()
-    assert train.hard_options(batch, text, text, 3)["option_mask"].sum(1).tolist() == [3, 3, 4, 4]
 
 
 def test_the_choice_head_starts_as_the_pretrained_vtm_head(clips, whole_run, tmp_path):
