@@ -28,15 +28,16 @@ import itertools
 import json
 import multiprocessing
 import os
-import queue
 import random
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -61,9 +62,10 @@ class Unreadable(Exception):
 
 # ==== Manifest ====================================================================================
 
-FIELDS = {"video": str, "text": str, "texts": list, "captions": list, "question": str,
-          "options": list, "answer": (int, str), "start": (int, float), "end": (int, float),
-          "fps": (int, float), "boxes": list, "kind": str, "image": bool}
+FIELDS = {"video": "str", "text": "str", "texts": "list", "captions": "list", "question": "str",
+          "options": "list", "answer": "int or str", "start": "int or float",
+          "end": "int or float", "fps": "int or float", "boxes": "list", "kind": "str",
+          "image": "bool"}
 ALSO_CALLED = {  # what other people's files call a field
     "video": ("path", "file", "filename", "video_path", "clip"),
     "text": ("caption", "title", "description", "sentence", "txt")}
@@ -77,9 +79,8 @@ class Manifest:
     paths: a path or a list of them (concatenated). columns: ("video=clip_name", "text=en"), for
     tables whose columns have other names. `m[i]` is line i as a dict, with "video" made absolute
     and "where" = "file:line" added. A sample is two small reads, and nothing stays open or in
-    memory: workers share nothing, and 136 M lines are 1.1 GB of index on disk (see line_index).
-    DataError names file:line of a line that is blank, not JSON, or whose fields are not as FIELDS.
-    """
+    memory: workers share nothing, and 136 M lines are 1.1 GB of index on disk. DataError names
+    file:line of a line that is blank, not JSON, or whose fields are not as FIELDS."""
 
     def __init__(self, paths, columns=()):
         self.names = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
@@ -124,32 +125,37 @@ class Manifest:
             file.seek(begin)
             text = file.readline()
         try:
-            sample = json.loads(text)
-        except ValueError as error:
+            sample = checked(json.loads(text), where)
+        except json.JSONDecodeError as error:
             shown = text[:60].decode(errors="replace").strip()
             raise DataError(f"{where}: not JSON ({error}): {shown!r}; expected an object such as "
                             '{"video": "a.mp4", "text": "a dog runs"}') from None
-        where = sample.get("where", where) if isinstance(sample, dict) else where
         video = path.absolute().parent / need(sample, where, "video")
-        for field in sample.keys() & FIELDS.keys():
-            if not isinstance(sample[field], (FIELDS[field], type(None))):
-                raise DataError(f'{where}: "{field}" is {sample[field]!r:.60}; the first lines '
-                                "of data.py tell the fields of a sample")
-        given = {key: value for key, value in sample.items() if value is not None}
-        return {**given, "video": str(video), "where": where}
+        return {"where": where, **sample, "video": str(video)}
+
+
+def checked(sample, where):
+    """A sample without its nulls; DataError if it is no object or a field is not as FIELDS."""
+    if not isinstance(sample, dict):
+        raise DataError(f"{where}: is {sample!r:.60}; expected a JSON object")
+    sample = {key: value for key, value in sample.items() if value is not None}
+    for field in sample.keys() & FIELDS.keys():
+        if type(sample[field]).__name__ not in FIELDS[field].split(" or "):
+            raise DataError(f'{where}: "{field}" is {sample[field]!r:.60}; expected '
+                            f"{FIELDS[field]}, as the first lines of data.py tell")
+    return sample
 
 
 def need(sample, where, field):
     """The field of a sample; DataError that names the key which was probably meant for it."""
-    if not isinstance(sample, dict):
-        raise DataError(f"{where}: is {sample!r:.60}; expected a JSON object")
     if sample.get(field):
         return sample[field]
     keys = [key for key in sample if key not in FIELDS]
     meant = [key for key in keys if key.lower() in ALSO_CALLED.get(field, ())]
     meant += difflib.get_close_matches(field, keys)
     hint = f'; rename "{meant[0]}" to "{field}"' if meant else ""
-    raise DataError(f'{where}: lacks "{field}"{hint}; its keys are {", ".join(sample)}')
+    raise DataError(f'{where}: lacks "{field}"{hint}; its keys are {", ".join(sample)} '
+                    f"(of a table, --columns {field}=NAME tells which is meant)")
 
 
 def is_image(sample):
@@ -206,7 +212,7 @@ def json_lines(path, columns=()):
     if not (path.is_dir() or path.suffix in (".csv", ".tsv")):
         return path
     samples = "".join(json.dumps(sample) + "\n" for sample in own_samples(path, columns))
-    place = temporary(f"{path.resolve()} {samples}", ".jsonl")
+    place = temporary(samples, ".jsonl")
     if not place.is_file():
         with replacing(place) as file:
             file.write(samples.encode())
@@ -215,21 +221,22 @@ def json_lines(path, columns=()):
 
 def own_samples(path, columns=()):
     """Samples of a person's own table or folder, with absolute paths and "where" = "file:line".
-    A column is named as its field, as `columns` says or as in ALSO_CALLED; others are not read."""
-    said = {field: theirs.lower() for field, _, theirs in (c.partition("=") for c in columns)}
+    A column is named as its field, as `columns` says or as in ALSO_CALLED; others are not read.
+    Numbers and lists are as Python writes them: 1.5, ["a", "b"]. DataError names file:line."""
+    said = dict(column.lower().split("=", 1) for column in columns)
     for where, row in own_rows(path):
-        cells = {str(key).lower(): value for key, value in row.items()
-                 if isinstance(value, (str, int, float)) and value != ""}
-        sample = {"where": where}
-        for field, kind in FIELDS.items():
-            for key in (said.get(field), field, *ALSO_CALLED.get(field, ())):
-                if key in cells and field not in sample:
-                    value = cells[key]
-                    sample[field] = float(value) if kind == (int, float) else tidy(value)
-        if not {"video", "text"} & sample.keys():
-            raise DataError(f"{where}: no column is named like a field of a sample; there are "
-                            f"{', '.join(map(str, row))}; say --columns video=NAME text=NAME")
-        yield sample | {"video": str(path.absolute().parent / need(sample, where, "video"))}
+        cells = {str(key).lower(): value for key, value in row.items() if value not in (None, "")}
+        sample = {}
+        for field, kinds in FIELDS.items():
+            names = said.get(field), field, *ALSO_CALLED.get(field, ())
+            value = tidy(next((cells[name] for name in names if name in cells), None))
+            if isinstance(value, str) and "str" not in kinds:
+                with suppress(ValueError, SyntaxError):             # else `checked` complains
+                    value = ast.literal_eval(value)
+            sample[field] = value
+        need(cells | checked(sample, where), where, "video")
+        yield {"where": where, **checked(sample, where),
+               "video": str(path.absolute().parent / sample["video"])}
 
 
 def own_rows(path):
@@ -290,16 +297,16 @@ class Batches:
 
     def __init__(self, sizes, batch, seed, rank=0, world=1, start=0, accumulate=1, steps=1,
                  shares=()):
-        if batch % (world * accumulate):
+        self.passes = world * accumulate                            # of a step
+        if batch % self.passes:
             raise DataError(f"a batch of {batch} clips does not divide among {world} processes x "
-                            f"{accumulate} passes; take a multiple of {world * accumulate}")
+                            f"{accumulate} passes; take a multiple of {self.passes}")
         if shares and (len(shares) != len(sizes) or min(shares) <= 0):
             raise DataError(f"--mix {' '.join(map(str, shares))}: expected {len(sizes)} positive "
                             "numbers, one for each manifest of --data")
         self.sizes, self.seed, self.shares = sizes, seed, shares or sizes
-        self.passes, self.size = world * accumulate, batch // (world * accumulate)
+        self.size, self.steps = batch // self.passes, range(start, steps)
         self.mine = range(rank * accumulate, (rank + 1) * accumulate)
-        self.steps = range(start, steps)
 
     def __len__(self):
         return len(self.steps) * len(self.mine)
@@ -348,11 +355,10 @@ SKIPPABLE = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
 WHOLE_FROM_FIRST = {"gif", "apng"}      # each frame is painted over the last, whatever its flags
 # PyAV before 19 refuses titles that are not UTF-8 unless told; 19 has no such argument.
 OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
-TRUNCATED = "the file is truncated or damaged; fetch or encode it again"
 
 
-class NoPlan(Exception):
-    """The container's times do not tell where its frames are: decode it from the start."""
+class Doubtful(Unreadable):
+    """Frames that the packets' times do not place for sure, or damaged ones."""
 
 
 def decode(path, pick, size=None, start=None, end=None, fps=None):
@@ -364,18 +370,55 @@ def decode(path, pick, size=None, start=None, end=None, fps=None):
     [start, end). Returns uint8 RGB (S, 3, h, w) in the order picked, upright. Raises Unreadable.
     Each pixel equals the full decode's: tests compare them for 26 kinds of file."""
     try:
+        chosen = partial(choose, path, pick, size, start, end)
         if os.path.isdir(path):
-            return decode_folder(path, pick, size, start, end, fps)
+            return chosen(*folder_frames(path, fps, start, end))
         try:
-            return decode_planned(path, pick, size, start, end)
-        except (NoPlan, av.FFmpegError):
+            container, stream, guessed = open_video(path)
+            with container:
+                return chosen(*planned_frames(path, container, stream, guessed, start, end))
+        except (Doubtful, av.FFmpegError):
             # The plain decode from the first frame is the definition of a clip's frames: where the
             # plan fails it either succeeds or says what is wrong with the file.
-            return decode_serially(path, pick, size, start, end)
+            return chosen(*serial_frames(path))
     except (av.FFmpegError, ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Unreadable(f"{path}: cannot be decoded ({reason}); replace or re-encode it"
                          ) from error
+
+
+def choose(path, pick, size, start, end, seconds, frames):
+    """The frames that `pick` chooses, as `decode` returns them.
+    seconds: when each frame is shown, counted from the first. frames: a function of ascending
+    numbers of frames, which yields (number, frame) of these and of any others, in order."""
+    if not seconds:
+        raise Unreadable(f"{path}: holds no frame; the file is truncated or not a video")
+    first = 0 if start is None else bisect.bisect_left(seconds, start)
+    last = len(seconds) if end is None else bisect.bisect_left(seconds, end)
+    if first >= last and 0 < first < len(seconds):
+        first, last = first - 1, first                  # the one on display at `start`
+    if first >= last:
+        raise Unreadable(f"{path}: no frame lies between the sample's start and end; check them")
+    targets = [first + k for k in pick(last - first)]
+    missing, found, damaged, reformatter = set(targets), {}, False, VideoReformatter()
+    for number, frame in frames(sorted(missing)):
+        damaged = frame.is_corrupt or damaged and not frame.key_frame       # predicted from damage
+        if number not in missing:
+            continue
+        if damaged:
+            raise Doubtful(f"{path}: damaged around {seconds[number]:.2f} s; replace or re-encode it")
+        if not isinstance(size, tuple):                 # all are sized as the first one is
+            short = min(frame.width, frame.height)
+            scale = (size or short) / short
+            size = round(frame.height * scale), round(frame.width * scale)
+        rgb = reformatter.reformat(frame, size[1], size[0], format="rgb24", threads=1,
+                                   interpolation=Interpolation.BILINEAR)
+        upright = np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))
+        found[number] = torch.from_numpy(upright).permute(2, 0, 1)
+        missing.remove(number)
+        if not missing:
+            return torch.stack([found[number] for number in targets])
+    raise Doubtful(f"{path}: holds fewer frames than it says; replace or re-encode it")
 
 
 def open_video(path):
@@ -406,124 +449,101 @@ def duration(path):
         return 0.0
 
 
-class Scaled(dict):
-    """{number or time of a frame: upright uint8 RGB (3, h, w)}, all sized as the first one is."""
-
-    def __init__(self, size):
-        self.size, self.reformatter = size, VideoReformatter()
-
-    def add(self, key, frame):
-        if not isinstance(self.size, tuple):
-            short = min(frame.width, frame.height)
-            scale = (self.size or short) / short
-            self.size = round(frame.height * scale), round(frame.width * scale)
-        rgb = self.reformatter.reformat(frame, self.size[1], self.size[0], format="rgb24",
-                                        interpolation=Interpolation.BILINEAR, threads=1)
-        upright = np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))
-        self[key] = torch.from_numpy(upright).permute(2, 0, 1)
-
-    def stack(self, keys):
-        return torch.stack([self[key] for key in keys])
-
-
-def decode_planned(path, pick, size, start, end):
-    """Learn the frames' times from the packets, then decode from each keyframe to its last target:
-    so a seek never costs a decoded frame and always saves some."""
-    found, runs = Scaled(size), []                  # runs: (keyframe, the targets decoded from it)
+def every_frame(path):
+    """Yield (seconds after the first, frame) of a plain decode, first packet to last."""
     container, stream, guessed = open_video(path)
+    rate, first = stream.average_rate or 1, None
     with container:
-        if guessed:
-            raise NoPlan
-        entries = stream.index_entries
-        if len(entries) and entries[-1].pos + entries[-1].size > os.path.getsize(path):
-            raise Unreadable(f"{path}: {TRUNCATED}")
-        times, keys = packet_times(container, stream, path, start, end)
-        targets = [times[k] for k in pick(len(times))]
-        for target in sorted(set(targets)):
-            key = keys[max(bisect.bisect_right(keys, target) - 1, 0)]
-            if runs and key <= runs[-1][1][-1]:
-                runs[-1][1].append(target)
-            else:
-                runs.append((key, [target]))
-        for key, wanted in runs:
-            container.seek(key, stream=stream)
-            damaged = False
-            for frame in decode_run(container, stream, wanted):
-                damaged |= frame.is_corrupt         # and what is predicted from it
-                if frame.pts in wanted:
-                    if damaged:
-                        raise NoPlan
-                    found.add(frame.pts, frame)
-    if len(found) < len(set(targets)):
-        raise NoPlan
-    return found.stack(targets)
+        for i, frame in enumerate(container.decode(stream)):
+            first = frame.pts if first is None else first
+            timed = frame.pts is not None and not guessed
+            yield float((frame.pts - first) * frame.time_base if timed else i / rate), frame
 
 
-def packet_times(container, stream, path, start, end):
-    """(times, keys): ascending pts of the window's frames and of the keyframes they start from,
-    from packet headers, nothing decoded: exact for any frame rate and any container with pts."""
-    origin, second = stream.start_time or 0, 1 / float(stream.time_base)
-    low, high = (None if t is None else origin + t * second for t in (start, end))
+def serial_frames(path):
+    """(seconds, frames) for `choose`: decoded from the first, once to count and once to keep."""
+    return ([second for second, _ in every_frame(path)],
+            lambda numbers: enumerate(frame for _, frame in every_frame(path)))
+
+
+def folder_frames(path, fps, start, end):
+    """(seconds, frames) for `choose` of a folder of images, by their names (2.jpg before 10.jpg)."""
+    if not fps and (start is not None or end is not None):
+        raise Unreadable(f"{path}: a folder of frames has no times; give their rate as "
+                         '"fps", or drop "start" and "end"')
+    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGES)]
+    names.sort(key=lambda name: [int(part) if part.isdigit() else part
+                                 for part in re.split(r"(\d+)", name)])
+    return ([i / (fps or 1) for i in range(len(names))],
+            lambda numbers: ((i, frame) for i in numbers
+                             for _, frame in every_frame(os.path.join(path, names[i]))))
+
+
+def planned_frames(path, container, stream, guessed, start, end):
+    """(seconds, frames) for `choose`, times and keyframes from packet headers: exact for any frame
+    rate, in any container with pts. Decoding goes from a keyframe to the last frame wanted of its
+    group: so a seek never costs a decoded frame and always saves some. Unreadable if cut off."""
+    tick, origin, index = stream.time_base, stream.start_time or 0, stream.index_entries
+    low, high = (None if t is None else origin + t / float(tick) for t in (start, end))
+    truncated = len(index) > 0 and index[-1].pos + index[-1].size > os.path.getsize(path)
+    if guessed:
+        raise Doubtful
     if low is not None:
         container.seek(int(low), stream=stream)
-    times, keys = [], []
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise Unreadable(f"{path}: {TRUNCATED}")
+    pts, keys, last = [], [], {}                    # last: the last packet of each stream
+    for packet in container.demux():
         if packet.size == 0:
-            continue                                # the empty packet that ends the stream
-        if packet.pts is None:
-            raise NoPlan
-        if high is not None and packet.dts is not None and packet.dts >= high:
-            break
-        if packet.is_keyframe:
-            keys.append(packet.pts)
-        if not packet.is_discard:                   # decoded but outside an MP4's edit list
-            times.append(packet.pts)
-    late = low is not None and keys and keys[0] > max(low, origin)
-    if late or not keys or not times or len(set(times)) < len(times):
-        raise NoPlan
-    if low is None and high is None and ends_early(container, (max(times) - origin) / second):
-        raise Unreadable(f"{path}: {TRUNCATED}")
-    times.sort()
-    first_only = stream.codec_context.name in WHOLE_FROM_FIRST
-    return times[window(times, low, high, path)], keys[:1] if first_only else sorted(keys)
+            continue                                # the empty packets that end the streams
+        last[packet.stream.index] = packet
+        if packet.stream.index == stream.index:
+            truncated |= packet.is_corrupt
+            if packet.pts is None:
+                raise Doubtful
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+            if not packet.is_discard:               # decoded but outside an MP4's edit list
+                pts.append(packet.pts)
+            if high is not None and packet.dts is not None and packet.dts >= high:
+                break
+    if container.format.name.startswith("matroska") and low is high is None:
+        # a sound may go on after the last picture, but something lasts as long as the header says
+        lasts = max((float(p.pts * p.time_base) for p in last.values() if p.pts), default=0)
+        truncated |= lasts < 0.9 * (container.duration or 0) / av.time_base - 1
+    if truncated:
+        raise Unreadable(f"{path}: the file is truncated or damaged; fetch or encode it again")
+    late = keys and low is not None and keys[0] > max(low, origin)
+    if late or not keys or len(set(pts)) < len(pts):
+        raise Doubtful
+    pts, keys = sorted(pts), sorted(keys)
+    if stream.codec_context.name in WHOLE_FROM_FIRST:
+        keys = keys[:1]
+
+    def keyframe(time):
+        return keys[max(bisect.bisect_right(keys, time) - 1, 0)]
+
+    def frames(numbers):
+        number = {pts[i]: i for i in numbers}
+        for key, wanted in itertools.groupby(number, keyframe):
+            for frame in decode_group(container, stream, key, set(wanted)):
+                yield number.get(frame.pts), frame
+
+    return [(time - origin) * tick.numerator / tick.denominator for time in pts], frames
 
 
-def ends_early(container, video_seconds):
-    """Whether no stream of a Matroska file reaches the duration in its header: it was cut off."""
-    promised = 0.9 * (container.duration or 0) / av.time_base - 1
-    if not container.format.name.startswith("matroska") or video_seconds > promised:
-        return False
-    container.seek(container.start_time or 0)       # a sound may go on after the last picture
-    return all(packet.pts is None or float(packet.pts * packet.time_base) < promised
-               for packet in container.demux())
-
-
-def window(times, low, high, path):
-    """The slice of times in [low, high), or of the one on display at `low` if none is."""
-    first = 0 if low is None else bisect.bisect_left(times, low)
-    last = len(times) if high is None else bisect.bisect_left(times, high)
-    if first >= last and 0 < first < len(times):
-        return slice(first - 1, first)
-    if first >= last:
-        raise Unreadable(f"{path}: no frame lies between the sample's start and end; check them")
-    return slice(first, last)
-
-
-def decode_run(container, stream, wanted):
-    """Yield frames to the last `wanted` pts, from the keyframe at which the container stands.
-    Frames that nothing refers to are skipped unless wanted, which changes no pixel of the rest."""
+def decode_group(container, stream, key, wanted):
+    """Yield frames from the keyframe at `key` to the last `wanted` (a set of pts). Frames that
+    nothing refers to are skipped unless wanted, which changes no pixel of the rest."""
     context, first, missing = stream.codec_context, None, set(wanted)
+    container.seek(key, stream=stream)
     for packet in container.demux(stream):
         if packet.size == 0 or not missing:
             break
         if first is None:
             if not packet.is_keyframe:
                 continue
-            if packet.pts is None or packet.pts > wanted[0]:
-                raise NoPlan                        # the seek landed late
             first = packet.pts
+            if first is None or first > min(wanted):
+                raise Doubtful                      # the seek landed late
         elif packet.pts < first:
             continue        # an open GOP's leading picture refers to frames before the keyframe
         skip = context.name in SKIPPABLE and packet.pts not in missing
@@ -532,53 +552,6 @@ def decode_run(container, stream, wanted):
         yield from context.decode(packet)
     # Flushing hands out what the decoder holds back for reordering, without decoding further.
     yield from context.decode(None)
-
-
-def every_frame(path):
-    """Yield (frame, seconds, damaged) of a clip in order, each decoded."""
-    container, stream, guessed = open_video(path)
-    rate, damaged = float(stream.average_rate or 1), False
-    with container:
-        for i, frame in enumerate(container.decode(stream)):
-            damaged = frame.is_corrupt or damaged and not frame.key_frame    # predicted from damage
-            yield frame, i / rate if guessed or frame.pts is None else float(frame.time), damaged
-
-
-def decode_serially(path, pick, size, start, end):
-    """Decode from the first frame, twice: to count the frames, then to keep those picked."""
-    seconds = [second for _, second, _ in every_frame(path)]
-    if not seconds:
-        raise Unreadable(f"{path}: holds no frame; the file is truncated or not a video")
-    low, high = (None if t is None else seconds[0] + t for t in (start, end))
-    shown = range(len(seconds))[window(seconds, low, high, path)]
-    found, targets = Scaled(size), [shown[k] for k in pick(len(shown))]
-    for i, (frame, second, damaged) in enumerate(every_frame(path)):
-        if i in targets:
-            if damaged:
-                raise Unreadable(f"{path}: damaged around {second:.2f} s; replace or re-encode it")
-            found.add(i, frame)
-        if i >= max(targets):
-            break
-    return found.stack(targets)
-
-
-def decode_folder(path, pick, size, start, end, fps):
-    """Frames stored as images of a folder, in the order of their names (2.jpg before 10.jpg)."""
-    if not fps and (start is not None or end is not None):
-        raise Unreadable(f"{path}: a folder of frames has no times; give their rate as "
-                         '"fps", or drop "start" and "end"')
-    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGES)]
-    names.sort(key=lambda name: [int(part) if part.isdigit() else part
-                                 for part in re.split(r"(\d+)", name)])
-    if not names:
-        raise Unreadable(f"{path}: the folder holds no image ({', '.join(IMAGES)})")
-    if fps:
-        names = names[window([i / fps for i in range(len(names))], start, end, path)]
-    found, targets = Scaled(size), pick(len(names))
-    for k in set(targets):
-        with closing(every_frame(os.path.join(path, names[k]))) as frames:
-            found.add(k, next(frames)[0])
-    return found.stack(targets)
 
 
 def augment(video, size, train, rand_augment=False, flip=False):
@@ -639,19 +612,19 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             vocabulary[token] for token in SPECIALS)
         self.vocab_size = max(vocabulary.values()) + 1
-        if self.vocab_size > 2 * len(vocabulary) + 1000:       # 4 kB of weights for each at B
-            raise DataError(f"the vocabulary numbers {len(vocabulary)} tokens up to "
-                            f"{self.vocab_size - 1}; number them from 0 without large gaps")
         self.ordinary = torch.tensor(sorted(
             i for token, i in vocabulary.items() if not re.fullmatch(r"\[\w+\]", token)))
         self.pieces = {i for token, i in vocabulary.items() if token.startswith("##")}
 
     @staticmethod
-    def load(name):
-        """A local vocab.txt or tokenizer.json, else a Hugging Face name, fetched. DataError."""
+    def load(name, text=None):
+        """A local vocab.txt or tokenizer.json, else a Hugging Face name, fetched; or what `to_json`
+        wrote, called `name` in errors. DataError."""
         path = Path(name)
         try:
-            if path.suffix == ".json":
+            if text is not None:
+                words = WordPieces.from_str(text)
+            elif path.suffix == ".json":
                 words = WordPieces.from_file(str(path))
             elif path.is_file() or path.suffix == ".txt":       # a file's name: not fetched
                 words = bert(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
@@ -659,7 +632,7 @@ class Tokenizer:
                 words = WordPieces.from_pretrained(str(name))
             words.encode("a word that is in no vocabulary")     # an unk_token that is none shows
         except Exception as error:         # tokenizers raises bare Exception, whatever went wrong
-            raise DataError(f"vocabulary {str(name)!r} is no readable file and cannot be fetched "
+            raise DataError(f"{name} cannot be read, nor fetched as a vocabulary "
                             f"({str(error).splitlines()[0]:.120}); with no network, give the path "
                             "of a local vocab.txt or tokenizer.json") from None
         return Tokenizer(words)
@@ -674,9 +647,9 @@ class Tokenizer:
             text = words.normalizer.normalize_str(text)
             count.update(word for word, _ in words.pre_tokenizer.pre_tokenize_str(text))
         letters = sorted(set().union(*count))
-        spelling = dict.fromkeys(SPECIALS + letters + ["##" + letter for letter in letters])
+        spelling = SPECIALS + letters + ["##" + letter for letter in letters]
         frequent = sorted(count, key=lambda word: (-count[word], word))
-        tokens = list(spelling | dict.fromkeys(frequent))[:max(vocab_size, len(spelling))]
+        tokens = list(dict.fromkeys(spelling + frequent))[:max(vocab_size, len(spelling))]
         vocabulary = {token: i for i, token in enumerate(tokens)}
         return Tokenizer(bert(models.WordPiece(vocabulary, unk_token="[UNK]")))
 
@@ -686,12 +659,7 @@ class Tokenizer:
 
     @staticmethod
     def from_json(text):
-        """The tokenizer that `to_json` wrote."""
-        try:
-            return Tokenizer(WordPieces.from_str(text))
-        except Exception as error:         # tokenizers raises bare Exception, whatever went wrong
-            raise DataError(f"the checkpoint's tokenizer cannot be read ({str(error):.120})"
-                            ) from None
+        return Tokenizer.load("the checkpoint's tokenizer", text)
 
     def __len__(self):
         return self.vocab_size
@@ -705,10 +673,6 @@ class Tokenizer:
         body = body[:room]
         head = head[:room - len(body)] + [self.sep_id] if head else []
         return [self.cls_id] + head + body + [self.sep_id]
-
-    def decode(self, ids):
-        """The words of ids, specials left out."""
-        return self.words.decode(list(ids))
 
 
 def bert(model):
@@ -792,9 +756,7 @@ class Clips:
     DataError if a line lacks what the task needs."""
     manifest: Manifest
     tokenizer: Tokenizer
-    task: str                   # pretrain: a caption, and its masked form; retrieval: in training
-    #   one caption at random and `false_texts` of other lines as options, in evaluation all
-    #   captions; choice: options after their question; qa, probe: one of `answers`
+    task: str                   # pretrain, retrieval, choice, qa, probe: see read_words
     frames: int                 # S
     image_size: int             # pixels of the crop
     max_text_len: int           # tokens
@@ -806,18 +768,19 @@ class Clips:
     rand_augment: bool = False
     flip: bool = False
     whole_word_masking: bool = False
-    answers: list = None
-    false_texts: int = 0
-
-    def __post_init__(self):
-        self.labels = {answer: i for i, answer in enumerate(self.answers or [])}
+    answers: list = None        # the classes of qa and probe
+    false_texts: int = 0        # retrieval in training: captions of other lines, as options
 
     def __len__(self):
         return len(self.manifest)
 
+    @cached_property
+    def labels(self):
+        return {answer: i for i, answer in enumerate(self.answers or [])}
+
     def __getitem__(self, key):
         index, draw = key
-        sample, (which, _) = self.manifest[index], self.manifest.locate(index)
+        sample, (which, line) = self.manifest[index], self.manifest.locate(index)
         where = sample["where"]
         item = {"index": index, "draw": draw, "set": which, "where": where, "errors": []}
         if is_image(sample) != self.manifest.images[which]:
@@ -827,6 +790,11 @@ class Clips:
             # torch.manual_seed would seed GPUs too, at a fifth of the cost of a small clip
             torch.default_generator.manual_seed(mix(self.seed, draw))
             words = self.read_words(sample)
+            size = self.manifest.sizes[which]
+            drawn = [int(torch.randint(size, ())) for _ in range(self.false_texts)]
+            texts = [self.captions(self.manifest[index - line + other])[0] for other in drawn]
+            true = texts_of(sample)             # Sec. 4.2.2: to rank a caption among those of
+            words["ids"] += [self.encode(text) for text in texts if text not in true]   # others
             try:
                 video = self.read_video(sample)
             except Unreadable as error:
@@ -852,7 +820,9 @@ class Clips:
         return video.unflatten(0, (views, frames)) if views > 1 else video
 
     def read_words(self, sample):
-        """The token ids and the label of a sample for the task. May set the sample's window."""
+        """The token ids and the label of a sample; may set its window to that of a caption.
+        pretrain: a caption, and masked; retrieval: a caption in training, all in evaluation;
+        choice: the options, each after the question; qa: the question; probe: no words."""
         where, question, answer = sample["where"], sample.get("question"), sample.get("answer")
         if self.task in ("pretrain", "retrieval"):
             captions = self.captions(sample)
@@ -860,10 +830,6 @@ class Clips:
                      "label": 0}
             if self.task == "pretrain":
                 words["mlm"] = mask_tokens(words["ids"][0], self.tokenizer, self.whole_word_masking)
-            elif self.train:        # and captions of random other lines, to rank it among (4.2.2)
-                drawn = [int(torch.randint(len(self), ())) for _ in range(self.false_texts)]
-                texts = [self.captions(self.manifest[index])[0] for index in drawn]
-                words["ids"] += [self.encode(t) for t in texts if t not in texts_of(sample)]
             return words
         if self.task == "choice":
             options = need(sample, where, "options")
@@ -912,12 +878,12 @@ def collate(items, clips, group=None):
     batch["video"] = torch.stack([item["video"] for item in items])
     counts = torch.tensor([len(item["ids"]) for item in items])
     texts = [ids for item in items for ids in item["ids"]]
-    m = min(-(-max(map(len, texts)) // 8) * 8, clips.max_text_len)
-    ids = pad(texts, m, clips.tokenizer.pad_id)
+    m, padding = min(-(-max(map(len, texts)) // 8) * 8, clips.max_text_len), clips.tokenizer.pad_id
+    ids = pad(texts, m, padding)
     mask = torch.arange(m) < torch.tensor([len(text) for text in texts])[:, None]
     if clips.task == "choice" or clips.task == "retrieval" and clips.train:
         batch["option_mask"] = torch.arange(int(counts.max())) < counts[:, None]    # (B, O)
-        for name, rows, value in ("ids", ids, clips.tokenizer.pad_id), ("mask", mask, False):
+        for name, rows, value in ("ids", ids, padding), ("mask", mask, False):
             batch[f"text_{name}"] = torch.nn.utils.rnn.pad_sequence(
                 rows.split(counts.tolist()), True, value)                           # (B, O, m)
         return batch
@@ -926,18 +892,17 @@ def collate(items, clips, group=None):
         return batch
     masked, positions, labels = zip(*[item["mlm"] for item in items])
     where = [row * m + position for row, places in enumerate(positions) for position in places]
-    padding = -len(where) % 32 if where else 32
-    source, matches, group = [], [], group or len(items)
-    for begin in range(0, len(items), group):
-        near = items[begin:begin + group]
+    extra, source, matches = -len(where) % 32 if where else 32, [], []
+    for begin in range(0, len(items), group or len(items)):
+        near = items[begin:begin + (group or len(items))]
         chosen, match = vtm_pairs(
             [item["caption"] for item in near], [item["clip"] for item in near],
             torch.Generator().manual_seed(mix(clips.seed, near[0]["draw"], 1)))
         source += [begin + i for i in chosen]
         matches += match
-    return batch | {"mlm_ids": pad(masked, m, clips.tokenizer.pad_id),
-                    "mlm_where": torch.tensor(where + [0] * padding),
-                    "mlm_labels": torch.tensor(sum(labels, []) + [-100] * padding),
+    return batch | {"mlm_ids": pad(masked, m, padding),
+                    "mlm_where": torch.tensor(where + [0] * extra),
+                    "mlm_labels": torch.tensor(sum(labels, []) + [-100] * extra),
                     "vtm_source": torch.tensor(source), "vtm_labels": torch.tensor(matches)}
 
 
@@ -955,18 +920,16 @@ class Readers:
 
     def __init__(self, function, workers, timeout):
         self.function, self.workers, self.timeout = function, workers, timeout
-        self.idle, self.processes, self.closed = queue.SimpleQueue(), [], False
-        for _ in range(workers):
-            self.idle.put(None)                     # to be started by the thread that needs it
+        self.mine, self.processes, self.closed = threading.local(), [], False
         # Fresh processes, without our threads and locks; a fork server imports torch once for all.
-        server = "forkserver" in multiprocessing.get_all_start_methods()
-        self.context = multiprocessing.get_context("forkserver" if server else "spawn")
-        if server:
+        if workers:
+            self.context = multiprocessing.get_context("forkserver")
             self.context.set_forkserver_preload([__name__])
 
     def start(self):
         pipe, theirs = self.context.Pipe()
-        process = self.context.Process(target=serve, args=(self.function, theirs), daemon=True)
+        process = self.context.Process(target=serve, daemon=True,
+                                       args=(self.function, theirs, self.timeout))
         process.start()
         self.processes.append(process)
         theirs.close()
@@ -976,30 +939,24 @@ class Readers:
         if not self.workers:
             return self.function(task)
         for attempt in range(2):
-            reader = self.idle.get()
-            process, pipe = reader or self.start()
+            process, pipe = self.mine.reader = getattr(self.mine, "reader", None) or self.start()
             try:
-                if not reader:
-                    pipe.recv()                     # it has imported torch: now a deadline is fair
                 pipe.send(task)
-                if not pipe.poll(self.timeout):
-                    process.kill()
-                    self.idle.put(None)
-                    raise Unreadable(f"took longer than {self.timeout:g} s to read")
                 result, error = pipe.recv()
             except (EOFError, ConnectionError):
+                self.mine.reader = None
                 process.join()
-                self.idle.put(None)
+                if process.exitcode == -signal.SIGALRM:
+                    raise Unreadable(f"took longer than {self.timeout:g} s to read") from None
                 if self.closed:
                     break
                 continue
-            self.idle.put((process, pipe))
             if error is not None:
                 raise error
             return result
         raise Unreadable(f"took its reader down (exit code {process.exitcode})")
 
-    def ahead(self, work, tasks, depth=2):
+    def ahead(self, work, tasks, depth):
         """Yields work(task) for each task, in order, computed by threads `depth` tasks ahead."""
         if not self.workers:
             yield from map(work, tasks)
@@ -1019,20 +976,20 @@ class Readers:
                 process.kill()
 
 
-def serve(function, pipe):
-    """A process of Readers: say ready, then answer task after task, until nobody asks any more."""
+def serve(function, pipe, timeout):
+    """A process of Readers: answers task after task, until nobody asks any more. A task that takes
+    too long ends the process: SIGALRM does, also in the middle of a decoder."""
     torch.set_num_threads(1)                        # the processes are the parallelism
-    try:
-        pipe.send(None)
+    with suppress(EOFError, ConnectionError):       # the trainer is gone, however it ended
         while True:
             task = pipe.recv()
+            signal.setitimer(signal.ITIMER_REAL, timeout)
             try:
                 answer = function(task), None
             except Exception as error:              # raised again where the task came from
                 answer = None, error
+            signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send(answer)
-    except (EOFError, ConnectionError):
-        pass                                        # the trainer is gone, however it ended
 
 
 def load(clips, passes, merge, workers, timeout=120):
@@ -1120,40 +1077,32 @@ class ToyClip:
         return TEMPLATES[said.event][said.template].format(
             colour=said.colour, shape=said.shape, motion=said.motion, order=ORDERS[said.order])
 
-    def places(self):
-        """Where the object's pixels are: bool (12, 80, 80)."""
-        t, pixel = np.arange(TOY_FRAMES), np.arange(SIDE) + 0.5
-        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * self.speed * (self.event == "motion")
+    def frames(self):
+        """uint8 (12, 80, 80, 3): three thirds of four frames."""
+        t, pixel, cycles = np.arange(TOY_FRAMES), np.arange(SIDE) + 0.5, self.event == "light"
+        lights = self.first + t // (TOY_FRAMES // 3) * cycles * (1 if self.order == 0 else -1)
+        frames = np.empty((TOY_FRAMES, SIDE, SIDE, 3), np.uint8)
+        frames[:] = (np.array(LIGHTS)[lights % 3] * self.gain)[:, None, None]
+        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * self.speed * (not cycles)
         (right, down), (centre_x, centre_y) = MOTIONS[self.motion], self.centre
         x = (pixel - centre_x - travel * right).astype(np.float32)[:, None, :]
         y = (pixel - centre_y - travel * down).astype(np.float32)[:, :, None]
         far = np.maximum(abs(x), abs(y))
-        return (far < self.radius) & ((far > 0.6 * self.radius) | (self.shape == "square"))
-
-    def frames(self):
-        """uint8 (12, 80, 80, 3): three thirds of four frames."""
-        thirds = np.arange(TOY_FRAMES) // (TOY_FRAMES // 3) * (self.event == "light")
-        lights = (self.first + thirds * (1 if self.order == 0 else -1)) % 3
-        frames = np.empty((TOY_FRAMES, SIDE, SIDE, 3), np.uint8)
-        frames[:] = (np.array(LIGHTS)[lights] * self.gain)[:, None, None]
-        frames[self.places()] = COLOURS[self.colour]
+        frames[(far < self.radius) & ((far > 0.6 * self.radius) | (self.shape == "square"))] = (
+            COLOURS[self.colour])
         return frames
 
     def samples(self, draw):
         """Its lines of each manifest: {prefix of the manifest's name: [sample without video]}."""
+        asked = [("what shape is it?", self.shape, "shape"),
+                 ("what colour is it?", self.colour, "colour"),
+                 ("what does red turn into?", ORDERS[self.order], "order")
+                 if self.event == "light" else ("which way does it move?", self.motion, "motion")]
         others = [self.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS
                   if (shape, colour) != (self.shape, self.colour)]
-        wrong = {"appearance": draw.sample(others, 3)}
-        asked = [("what shape is it?", self.shape, "shape"),
-                 ("what colour is it?", self.colour, "colour")]
-        if self.event == "light":
-            wrong["order"] = [self.caption(order=1 - self.order)]
-            asked.append(("what does red turn into?", ORDERS[self.order], "order"))
-        else:
-            wrong["motion"] = [self.caption(motion=OPPOSITE[self.motion])]
-            asked.append(("which way does it move?", self.motion, "motion"))
         choices = []
-        for kind, options in wrong.items():
+        for kind, options in (("appearance", draw.sample(others, 3)),
+                              (asked[-1][2], [self.twin().caption()])):
             answer = draw.randrange(len(options) + 1)
             options.insert(answer, self.caption())
             choices.append({"options": options, "answer": answer, "kind": kind})

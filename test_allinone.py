@@ -565,8 +565,8 @@ SERIAL = {"H.264 in a transport stream, starting late", "H.264 in AVI",
 
 @pytest.mark.parametrize("kind", FILMS)
 def test_each_chosen_frame_equals_that_frame_of_a_full_decode(kind, tmp_path, monkeypatch):
-    serially, serial = data.decode_serially, []
-    monkeypatch.setattr(data, "decode_serially", lambda *task: serial.append(1) or serially(*task))
+    serially, serial = data.serial_frames, []
+    monkeypatch.setattr(data, "serial_frames", lambda *task: serial.append(1) or serially(*task))
     name, _, options = FILMS[kind].partition(" ")
     path = film(tmp_path / name, options)
     truth, counts = every_frame(path, 48), []
@@ -651,7 +651,7 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
         container.mux(stream.encode(frame))
     for name, reason in {
             "missing.mp4": "no such file", "empty.mp4": "empty", "noise.mp4": "cannot be decoded",
-            "words.txt": "no video stream", "sound.wav": "no video stream", "folder": "no image",
+            "words.txt": "no video stream", "sound.wav": "no video stream", "folder": "no frame",
             "cut-whole.mp4": "cannot be decoded", "cut-whole.mkv": "truncated",
             "zeroed.mp4": "cannot be decoded"}.items():
         with pytest.raises(Unreadable, match=reason) as caught:
