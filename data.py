@@ -131,7 +131,7 @@ class Manifest:
             raise DataError(f"{where}: not JSON ({error}): {shown!r}; expected an object such as "
                             '{"video": "a.mp4", "text": "a dog runs"}') from None
         video = path.absolute().parent / need(sample, where, "video")
-        return {"where": where, **sample, "video": str(video)}
+        return sample | {"video": str(video), "where": sample.get("where", where)}
 
 
 def checked(sample, where):
@@ -406,7 +406,7 @@ def choose(path, pick, size, start, end, seconds, frames):
         if number not in missing:
             continue
         if damaged:
-            raise Doubtful(f"{path}: damaged around {seconds[number]:.2f} s; replace or re-encode it")
+            raise Doubtful(f"{path}: damaged around {seconds[number]:.2f} s; re-encode it")
         if not isinstance(size, tuple):                 # all are sized as the first one is
             short = min(frame.width, frame.height)
             scale = (size or short) / short
@@ -467,7 +467,7 @@ def serial_frames(path):
 
 
 def folder_frames(path, fps, start, end):
-    """(seconds, frames) for `choose` of a folder of images, by their names (2.jpg before 10.jpg)."""
+    """(seconds, frames) for `choose` of a folder of images, by name (2.jpg before 10.jpg)."""
     if not fps and (start is not None or end is not None):
         raise Unreadable(f"{path}: a folder of frames has no times; give their rate as "
                          '"fps", or drop "start" and "end"')
@@ -612,6 +612,9 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             vocabulary[token] for token in SPECIALS)
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > 2 * len(vocabulary) + 1000:       # 4 kB of weights for each at B
+            raise DataError(f"the vocabulary numbers {len(vocabulary)} tokens up to "
+                            f"{self.vocab_size - 1}; number them from 0 without large gaps")
         self.ordinary = torch.tensor(sorted(
             i for token, i in vocabulary.items() if not re.fullmatch(r"\[\w+\]", token)))
         self.pieces = {i for token, i in vocabulary.items() if token.startswith("##")}
@@ -921,16 +924,18 @@ class Readers:
     def __init__(self, function, workers, timeout):
         self.function, self.workers, self.timeout = function, workers, timeout
         self.mine, self.processes, self.closed = threading.local(), [], False
+        self.lock = threading.Lock()    # to start one process and to ask for another's exit code
         # Fresh processes, without our threads and locks; a fork server imports torch once for all.
-        if workers:
-            self.context = multiprocessing.get_context("forkserver")
-            self.context.set_forkserver_preload([__name__])
+        # (In Python 3.11 it finds installed packages only, not this file.)
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["av", "tokenizers", "torchvision.transforms.v2"])
 
     def start(self):
         pipe, theirs = self.context.Pipe()
         process = self.context.Process(target=serve, daemon=True,
                                        args=(self.function, theirs, self.timeout))
-        process.start()
+        with self.lock:
+            process.start()
         self.processes.append(process)
         theirs.close()
         return process, pipe
@@ -945,7 +950,8 @@ class Readers:
                 result, error = pipe.recv()
             except (EOFError, ConnectionError):
                 self.mine.reader = None
-                process.join()
+                with self.lock:
+                    process.join()
                 if process.exitcode == -signal.SIGALRM:
                     raise Unreadable(f"took longer than {self.timeout:g} s to read") from None
                 if self.closed:
