@@ -223,12 +223,12 @@ class EvalConfig:
     video: tuple[str, ...] = ()      # clips, folders of them or manifests to use the model on
     text: tuple[str, ...] = ("",)    # what is asked of them; [MASK] is a word to fill in
     out: str = ""                    # folder for pictures of the results
-    json: str = ""                   # file for the results, an object a line
+    json: str = ""                   # file for each sample's result; of --data, none: beside the
+    #                                  checkpoint
     batch: int = 8                   # clips in one pass
     workers: int = 2                 # reading processes on each GPU
     clips: int = 1                   # views of S frames each, averaged; 3: the 3 x 3 of Tab. 2 to 4
     rerank: int = 0                  # retrieval, search: re-score the best K by the joint pass
-    together: bool = False           # choice: line n of all manifests right (VCR's Q->AR)
     bootstrap: int = 0               # resamplings for a 95 % interval, say 1000
     order: Literal["kept", "shuffled", "reversed", "first"] = "kept"  # of frames: what needs it?
     boxes: bool = True               # VCR: draw the entities' regions (Tab. 5, "Mask")
@@ -240,7 +240,6 @@ class EvalConfig:
     index: str = ""                  # search: file that keeps the clips' features
     window: float = 0.0              # cut clips of --video into windows of so many seconds
     top: int = 5                     # search: results for each text
-    predictions: str = ""            # per-sample file; none: beside the checkpoint
 
     def clips_of(self, model: AllInOne, tokenizer: Tokenizer, answers=None) -> Clips:
         """The samples of `data` as the model reads them."""
@@ -257,10 +256,10 @@ def reorder(video: Tensor, order: str, index: Tensor) -> Tensor:
     """
     S, clips = video.shape[-4], []
     for clip, i in zip(video, index.tolist()):
-        frames = {"kept": torch.arange(S), "reversed": torch.arange(S).flip(0),
-                  "first": torch.zeros(S, dtype=torch.int64),
-                  "shuffled": torch.randperm(S, generator=torch.Generator().manual_seed(i))}
-        clips.append(clip.index_select(-4, frames[order]))
+        drawn = torch.randperm(S, generator=torch.Generator().manual_seed(i))
+        frames = {"kept": torch.arange(S), "shuffled": drawn, "reversed": torch.arange(S).flip(0),
+                  "first": torch.zeros_like(drawn)}[order]
+        clips.append(clip.index_select(-4, frames))
     return torch.stack(clips)
 
 
@@ -333,8 +332,6 @@ def evaluate(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, device: 
         predictions = sorted(in_all_processes(predictions), key=lambda p: p["index"])
     if config.task == "qa":
         add_majority(predictions)
-    if config.together:
-        predictions += all_right_together(predictions, clips.manifest)
     unreadable = list(dict.fromkeys(in_all_processes(unreadable)))     # re-ranking reads twice
     return {"samples": len(clips), "unreadable": unreadable, "predictions": predictions}
 
@@ -385,24 +382,6 @@ def add_majority(predictions: list[dict]) -> None:
             p["metrics"]["majority %"] = 100.0 * (p["label"] in dict(commonest))
 
 
-def all_right_together(predictions: list[dict], manifest: Manifest) -> list[dict]:
-    """VCR's Q->AR: line n of every manifest right, as predictions of kind "together"."""
-    groups, together = defaultdict(list), []
-    for p in predictions:
-        groups[p["index"] % manifest.sizes[0]].append(p)
-    for group in groups.values():
-        if len(set(manifest.sizes)) > 1 or len({manifest[p["index"]]["video"] for p in group}) > 1:
-            raise ValueError(
-                "--together: the manifests differ in length, or "
-                f"{' and '.join(p['where'] for p in group)} are about different videos; convert "
-                "both (data.py convert vcr_qa, vcr_qar) from the same files")
-        if len(group) == len(manifest.sizes):
-            together.append({**group[0], "kind": "together", "metrics": {
-                name: 100 * math.prod(p["metrics"][name] / 100 for p in group)
-                for name in group[0]["metrics"]}})
-    return together
-
-
 # ---- Features that are kept: probes (Tab. 12), search ------------------------------------------
 
 CHUNK = 2048                      # clips between two savings
@@ -449,6 +428,7 @@ def kept_features(model: AllInOne, clips: Clips, encode, path: Path | None, conf
         kept |= {names[i]: feature for i, feature in in_all_processes(new)}
         say(f"\rfeatures: {begin} of {len(missing)} clips", end="")
         if path and kept and dist.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 torch.save({"key": key, "names": list(kept),
                             "features": torch.stack(list(kept.values()))}, file)
@@ -463,7 +443,6 @@ def cls_features(model: AllInOne, clips: Clips, path: Path, config, device, say)
 
     config: a TrainConfig. DataError if more than 1 clip in 10 cannot be read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     reading = EvalConfig(task="probe", batch=config.batch_per_gpu, workers=config.workers)
     features, unreadable = kept_features(model, clips, video_cls, path, reading, device, say)
     if len(unreadable) > len(clips) / 10:
@@ -722,12 +701,13 @@ def attention(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> 
 USES = {"fill": fill, "match": match, "ask": ask, "explain": explain, "attention": attention}
 
 
-def video_manifest(config: EvalConfig, fields: dict) -> str:
-    """A manifest of --video: files, folders (walked) and manifests, `fields` added to each line.
+def video_manifest(config: EvalConfig) -> str:
+    """A manifest of --video: files, folders (walked) and manifests, --text added to each line.
 
     What is longer than --window seconds is cut into such windows, between its own start and end.
     """
     lines, window = [], config.window
+    asked = {"question": config.text[0], "texts": config.text}
     for path in map(Path, config.video):
         if path.suffix in (".jsonl", ".csv", ".tsv"):
             samples = list(Manifest(path, config.columns))
@@ -742,7 +722,7 @@ def video_manifest(config: EvalConfig, fields: dict) -> str:
             if window and window < end - begin < math.inf:
                 times = [{"start": begin + k * window, "end": min(begin + (k + 1) * window, end)}
                          for k in range(math.ceil((end - begin) / window))]
-            lines += [json.dumps(kept | span | fields) + "\n" for span in times]
+            lines += [json.dumps(kept | span | asked) + "\n" for span in times]
     if not lines:
         raise DataError(f"--video {' '.join(config.video)}: no clip there; expected files, folders "
                         "or manifests")
@@ -763,13 +743,12 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
         say) -> list[dict]:
     """--task fill, match, ask, explain, attention or search on the clips of --video.
 
-    Prints and returns the results, in all processes the same; the first writes them to --json FILE,
-    an object a line, and --out DIR, a picture of each clip (search: of each text).
+    Prints and returns the results, in all processes the same; the first one writes --out DIR, a
+    picture of each clip (search: of each text).
     """
     model, unreadable, found = model.to(device).eval(), [], []
     task = {"ask": "qa", "search": "probe"}.get(config.task, "retrieval")
-    words = {"qa": {"question": config.text[0]}, "retrieval": {"texts": config.text}}.get(task, {})
-    reading = replace(config, task=task, clips=1, data=(video_manifest(config, words),))
+    reading = replace(config, task=task, clips=1, data=(video_manifest(config),))
     clips = reading.clips_of(model, tokenizer, answers)
     if config.task == "search":
         found = search(model, clips, reading, device, unreadable, say)
@@ -795,9 +774,6 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
               for rows in zip(*(result.get("blocks", ()) for result in results))]
     for row in blocks:
         say("block " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
-    if dist.get_rank() == 0 and config.json:
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.json).write_text("".join(json.dumps(one) + "\n" for one in results))
     if dist.get_rank() == 0 and config.out:
         for number, rows in enumerate(pictures.values(), start=1):
             save_picture(Path(config.out) / f"{config.task}-{number}.png", rows)
@@ -829,22 +805,20 @@ def search(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.devi
         ids = torch.tensor([clips.tokenizer.encode(text, clips.max_text_len)], device=device)
         best = nearest(text_embedding(model, ids), gallery, max(config.rerank, config.top))
         pairs = in_all_processes([(c, numbers[g]) for c, g in zip(*(x[0].tolist() for x in best))])
-        pairs = sorted(pairs, reverse=True)[:max(config.rerank, config.top)]
-        looked_at, matched = [i for _, i in pairs], []
-        looked_at = looked_at if config.out else looked_at[:config.rerank]
+        pairs, looks = sorted(pairs, reverse=True)[:max(config.rerank, config.top)], []
+        looked_at = [i for _, i in (pairs if config.out else pairs[:config.rerank])]
         for items, (clip,) in read(model, clips, replace(config, batch=1), device, unreadable,
                                    looked_at):
-            p = float(model.vtm_head(model(clip["video"], ids).pooled).softmax(1)[0, 1])
-            matched.append((int(items["index"][0]), (p, list(items["video"][0]))))
-        matched, results = dict(in_all_processes(matched)), []
+            matched = float(model.vtm_head(model(clip["video"], ids).pooled).softmax(1)[0, 1])
+            looks.append((int(items["index"][0]), (matched, list(items["video"][0]))))
+        looks, results = dict(in_all_processes(looks)), []
         for place, (cosine, i) in enumerate(pairs):
-            p, frames = matched.get(i, (None, []))
-            name = place_of(clips.manifest[i])
+            name, (matched, frames) = place_of(clips.manifest[i]), looks.get(i, (None, []))
             result = {"text": text, "video": name, "cosine": round(cosine, 4)}
-            if place < config.rerank and p is not None:
-                result["matched"] = round(p, 4)
-            results.append((t, result, [(f"{cosine:.2f} {name}", frames)] if config.out else []))
-        # those looked at more closely come first
+            if place < config.rerank and i in looks:
+                result["matched"] = round(matched, 4)
+            results.append((t, result, [(f"{cosine:.2f} {name}", frames)]))
+        # those looked at come first, the likest by VTM before others; the rest by cosine
         results.sort(key=lambda one: ("matched" not in one[1], -one[1].get("matched", 0)))
         found += results[:config.top]
     return found
@@ -1118,20 +1092,23 @@ def main(argv: list[str] | None = None) -> None:
         if not 0 <= config.block <= model.config.depth:
             raise ValueError(f"--block {config.block}: the model has blocks 1 to "
                              f"{model.config.depth}")
+        saved = config.json
         if using:
-            use(model, tokenizer, config, answers, device, say)
-            return
-        result = evaluate(model, tokenizer, config, device, answers)
-        report(result, config, model.config, say)
-        if dist.get_rank() == 0:
-            data, how = Path(config.data[0]), [config.order] * (config.order != "kept")
-            how += [f"{name}{value}" for name, value, plain in (
-                ("clips", config.clips, 1), ("rerank", config.rerank, 0)) if value != plain]
+            results = use(model, tokenizer, config, answers, device, say)
+        else:
+            result = evaluate(model, tokenizer, config, device, answers)
+            report(result, config, model.config, say)
+            results, data = result["predictions"], Path(config.data[0])
+            how = [config.order] * (config.order != "kept")
+            how += [f"clips{config.clips}"] * (config.clips > 1)
+            how += [f"rerank{config.rerank}"] * (config.rerank > 0)
             name = "-".join([task, data.parent.name, data.stem, *how]) + ".predictions.jsonl"
-            saved = Path(config.predictions or path.parent / name)
-            with replacing(saved) as file:
-                file.write("".join(json.dumps(p) + "\n" for p in result["predictions"]).encode())
+            saved = saved or path.parent / name
             say(f"per-sample predictions: {saved}")
+        if saved and dist.get_rank() == 0:
+            Path(saved).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(saved) as file:
+                file.write("".join(json.dumps(one) + "\n" for one in results).encode())
 
 
 if __name__ == "__main__":
