@@ -805,7 +805,8 @@ def search(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.devi
         ids = torch.tensor([clips.tokenizer.encode(text, clips.max_text_len)], device=device)
         best = nearest(text_embedding(model, ids), gallery, max(config.rerank, config.top))
         pairs = in_all_processes([(c, numbers[g]) for c, g in zip(*(x[0].tolist() for x in best))])
-        pairs, looks = sorted(pairs, reverse=True)[:max(config.rerank, config.top)], []
+        pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+        pairs, looks = pairs[:max(config.rerank, config.top)], []
         looked_at = [i for _, i in (pairs if config.out else pairs[:config.rerank])]
         for items, (clip,) in read(model, clips, replace(config, batch=1), device, unreadable,
                                    looked_at):

@@ -2403,7 +2403,9 @@ def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run,
     printed = evaluate("qa", clips / "qa.jsonl", out / "best.pt", "--clips", "3")
     assert "3 frames x 3 views" in printed and "in vocabulary %" in printed
     saved = out / f"qa-{clips.name}-qa-clips3.predictions.jsonl"
-    assert len(saved.read_text().splitlines()) == 7
+    asked = [json.loads(line) for line in (clips / "qa.jsonl").read_text().splitlines()]
+    assert [json.loads(line)["label"] for line in saved.read_text().splitlines()] == [
+        answers.index(line["answer"]) for line in asked]
     err = evaluate("probe", clips / "qa.jsonl", out / "best.pt", code=1)
     assert "fine-tune it with train.py --task probe" in err
     err = fine_tune("qa", clips / "train.jsonl", tmp_path / "none", whole_run, code=1)
@@ -2441,8 +2443,7 @@ def test_a_probe_names_the_clips_it_lacks_and_stops_above_1_in_10(clips, whole_r
     assert "1 of 8 clips cannot be read" in err
 
 
-def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(
-        clips, whole_run):
+def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(clips, whole_run):
     video, index = torch.arange(32).view(2, 2, 8, 1, 1, 1), torch.tensor([4, 9])  # B, views, S, ...
     kept, turned, first, shuffled = (
         eval.reorder(video, order, index).flatten(2) for order in
@@ -2453,11 +2454,14 @@ def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(
     assert not equal(shuffled[0, 0], shuffled[1, 0] - 16)        # each clip by its number,
     alone = eval.reorder(video[1:], "shuffled", index[1:])       # in any batch
     assert equal(alone.flatten(2), shuffled[1:])
+    evaluate("choice", clips / "choice.jsonl", whole_run / "checkpoint.pt")
     printed = evaluate("choice", clips / "choice.jsonl", whole_run / "checkpoint.pt",
                        "--order", "reversed", "--bootstrap", 20)
     assert "FRAMES CHANGED: reversed" in printed
     assert re.search(r"order +\d+\.\d \[\d+\.\d, \d+\.\d\] +50\.0 \[50\.0, 50\.0\] +24", printed)
-    assert (whole_run / f"choice-{clips.name}-choice-reversed.predictions.jsonl").exists()
+    reversed_, kept = (json.loads((whole_run / f"choice-{clips.name}-choice{name}.predictions.jsonl"
+                                   ).read_text().splitlines()[0]) for name in ("-reversed", ""))
+    assert reversed_["where"] == kept["where"] and reversed_["scores"] != kept["scores"]
 
 
 def test_the_papers_numbers_stand_in_the_readme_too():
