@@ -1,4 +1,4 @@
-"""Scores All-in-one (Tab. 2 to 14) on any manifest, and tells what it costs (Tab. 1).
+"""Scores All-in-one (Tab. 2 to 14) on any manifest, uses it on any video, tells what it costs.
 
     python eval.py --task choice --data MANIFEST --checkpoint runs/pretrain/checkpoint.pt
     torchrun --nproc_per_node=8 eval.py --task retrieval --data MANIFEST --checkpoint FILE
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import inspect
 import json
@@ -40,34 +39,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allinone import (VARIANTS, AllInOne, Config, Temporal, load_release, load_weights,
                       read_weights, token_rolling, word_patch_transport)
-from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, load, pad)
+from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, load, pad,
+                  replacing, temporary)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
-def add_flags(group, cls: type, only: tuple = (), without: tuple = ()) -> None:
+def add_flags(group, cls: type) -> None:
     """One flag for each field of the dataclass `cls`; its help is the field's own comment.
 
-    Flags not given leave no trace. only, without: names of fields.
+    Flags not given leave no trace.
     """
     source = re.sub(r"\n    #\s+", " ", inspect.getsource(cls))     # a comment's second line
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    types = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if field.name in without or only and field.name not in only:
-            continue
-        kind, default = types[field.name], field.default
+    for name, kind in typing.get_type_hints(cls).items():
+        default = getattr(cls, name)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        comment = comments.get(field.name, "").replace("%", "%%")
-        options = dict(default=argparse.SUPPRESS, help=f"{comment} (default: {shown or 'none'})")
+        about = f"{comments.get(name, '')} (default: {shown or 'none'})".replace("%", "%%")
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            options = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is tuple:
-            options |= dict(nargs="+", metavar="WORD", type=typing.get_args(kind)[0])
+            options = dict(nargs="+", metavar="WORD", type=typing.get_args(kind)[0])
         elif words := typing.get_args(kind):
-            options |= dict(choices=words)
+            options = dict(choices=words)
         else:
-            options |= dict(type=kind, metavar=kind.__name__.upper())
-        group.add_argument(f"--{field.name}", **options)
+            options = dict(type=kind, metavar=kind.__name__.upper())
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=about, **options)
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
@@ -81,10 +77,9 @@ def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
 @contextlib.contextmanager
 def joined_processes():
     """torchrun's job, joined and left; without torchrun a world of one. Yields the device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device(
-        "cpu")
-    if cuda:
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
@@ -92,7 +87,7 @@ def joined_processes():
         # torchrun's store outlives a crash: without a prefix a restarted worker would be led to the
         # addresses that the killed one had left in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield device
     finally:
@@ -103,7 +98,7 @@ def in_all_processes(part: list) -> list:
     """The parts of all processes, in the order of ranks, as one list."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, part)
-    return [item for part in parts for item in part]
+    return sum(parts, [])
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
@@ -168,6 +163,9 @@ def score_classes(model: AllInOne, batch: dict) -> Tensor:
     return model.answer_head(batch["feature"] if "feature" in batch else video_cls(model, batch))
 
 
+SCORES = {"choice": score_options, "qa": score_answers, "probe": score_classes}
+
+
 def video_cls(model: AllInOne, batch: dict) -> Tensor:
     """(B, D): the cls token of the video alone."""
     return model.encode_video(batch["video"])[:, 0]
@@ -181,9 +179,6 @@ def video_embedding(model: AllInOne, batch: dict) -> Tensor:
 def text_embedding(model: AllInOne, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B, vtc_dim): the text alone, projected and normalised (Sec. 3.3, VTC)."""
     return F.normalize(model.text_proj(model.encode_text(ids, mask)[:, 0]), dim=-1)
-
-
-SCORES = {"choice": score_options, "qa": score_answers, "probe": score_classes}
 
 
 def score_pretraining(model: AllInOne, batch: dict, objectives: tuple = ("mlm", "vtm")):
@@ -228,16 +223,14 @@ class EvalConfig:
     video: tuple[str, ...] = ()      # clips, folders of them or manifests to use the model on
     text: tuple[str, ...] = ("",)    # what is asked of them; [MASK] is a word to fill in
     out: str = ""                    # folder for pictures of the results
-    json: str = ""                   # file for the results, an object a line
+    json: str = ""                   # file for each sample's result; of --data, none: beside the
+    #                                  checkpoint
     batch: int = 8                   # clips in one pass
     workers: int = 2                 # reading processes on each GPU
     clips: int = 1                   # views of S frames each, averaged; 3: the 3 x 3 of Tab. 2 to 4
-    rerank: int = 0                  # retrieval: re-score the best K by the joint pass (VTM)
-    together: bool = False           # choice: line n of all manifests right (VCR's Q->AR)
+    rerank: int = 0                  # retrieval, search: re-score the best K by the joint pass
     bootstrap: int = 0               # resamplings for a 95 % interval, say 1000
-    shuffle_frames: bool = False     # each clip's frames in random order: what needs order?
-    reverse: bool = False            # each clip's frames backwards
-    repeat_first: bool = False       # each clip's first frame only, S times
+    order: Literal["kept", "shuffled", "reversed", "first"] = "kept"  # of frames: what needs it?
     boxes: bool = True               # VCR: draw the entities' regions (Tab. 5, "Mask")
     squash: bool = False             # frames resized to the square, not cropped: as in training
     columns: tuple[str, ...] = ()    # of a .csv or .tsv: video=NAME text=NAME
@@ -245,10 +238,8 @@ class EvalConfig:
     blind: bool = False              # fill: from the text alone, to see what the video adds
     block: int = 0                   # explain: by this block's attention; 0: word-patch transport
     index: str = ""                  # search: file that keeps the clips' features
-    window: float = 0.0              # search: cut what is longer into windows of so many seconds
+    window: float = 0.0              # cut clips of --video into windows of so many seconds
     top: int = 5                     # search: results for each text
-    predictions: str = ""            # per-sample file; none: beside the checkpoint
-    seconds: float = 3.0             # profile: time for each measurement
 
     def clips_of(self, model: AllInOne, tokenizer: Tokenizer, answers=None) -> Clips:
         """The samples of `data` as the model reads them."""
@@ -258,21 +249,18 @@ class EvalConfig:
                      squash=self.squash, boxes=self.boxes, answers=answers)
 
 
-def reorder(video: Tensor, config: EvalConfig, index: Tensor) -> Tensor:
-    """The frames as --reverse, --repeat_first or --shuffle_frames say: (B, [K,] S, 3, H, W).
+def reorder(video: Tensor, order: str, index: Tensor) -> Tensor:
+    """The frames of clips in another order, or the "first" one S times: (B, [K,] S, 3, H, W).
 
     index: (B,), the samples' numbers; a sample is shuffled alike whatever batch it is in.
     """
-    if config.reverse:
-        return video.flip(-4)
-    if config.repeat_first:
-        return video.narrow(-4, 0, 1).expand_as(video)
-    if config.shuffle_frames:
-        S = video.shape[-4]
-        orders = [torch.randperm(S, generator=torch.Generator().manual_seed(int(i))) for i in index]
-        return torch.stack([clip.index_select(-4, order.to(clip.device))
-                            for clip, order in zip(video, orders)])
-    return video
+    S, clips = video.shape[-4], []
+    for clip, i in zip(video, index.tolist()):
+        drawn = torch.randperm(S, generator=torch.Generator().manual_seed(i))
+        frames = {"kept": torch.arange(S), "shuffled": drawn, "reversed": torch.arange(S).flip(0),
+                  "first": torch.zeros_like(drawn)}[order]
+        clips.append(clip.index_select(-4, frames))
+    return torch.stack(clips)
 
 
 def read(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
@@ -283,8 +271,8 @@ def read(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device
     Passes are of neighbouring samples of one manifest. A model that draws at random (patch_order,
     roll_select) does so by the sample: pass by pass of one, seeded.
     """
-    c, manifest, keys = model.config, clips.manifest, []
-    by_chance = "random" in (c.patch_order, c.roll_select)
+    manifest, keys = clips.manifest, []
+    by_chance = "random" in (model.config.patch_order, model.config.roll_select)
     # VTM's pairs are drawn among 8 neighbours, on any number of processes the same
     size = 1 if by_chance else config.batch
     size = -(-size // 8) * 8 if config.task == "pretrain" else size
@@ -293,12 +281,12 @@ def read(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device
         mine = [(i, i) for i in indices if end - lines <= i < end]
         keys += [mine[i:i + size] for i in range(0, len(mine), size)]
     keys = keys[dist.get_rank()::dist.get_world_size()]
-    for items in load(clips, keys, functools.partial(collate, clips=clips, group=8),
-                      config.workers):
+    merge = functools.partial(collate, clips=clips, group=8)
+    for items in load(clips, keys, merge, config.workers):
         unreadable += items["errors"]
         if not items["where"]:
             continue
-        items["video"] = reorder(items["video"], config, items["index"])
+        items["video"] = reorder(items["video"], config.order, items["index"])
         tensors = {k: v.to(device) for k, v in items.items() if isinstance(v, Tensor)}
         video = tensors["video"]
         if by_chance:
@@ -330,69 +318,59 @@ def evaluate(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, device: 
     metrics are what report() averages.
     """
     clips, model = config.clips_of(model, tokenizer, answers), model.to(device).eval()
-    unreadable = []
+    predictions, unreadable = [], []
     if config.task == "retrieval":
         predictions = score_retrieval(model, clips, config, device, unreadable)
     else:
-        predictions = []
         for items, views in read(model, clips, config, device, unreadable):
             with half_precision(device):
-                if config.task == "pretrain":
-                    predictions += predict_pretraining(model, items, views)
-                    continue
-                scores = sum(SCORES[config.task](model, view) for view in views) / len(views)
-            check_scores(scores, items["where"])
-            predictions += [predict(config.task, items, i, row, answers)
-                            for i, row in enumerate(scores.cpu())]
+                scored = score(model, config.task, items, views)
+            predictions += [
+                {"index": int(items["index"][i]), "where": items["where"][i], "kind": kind,
+                 "label": label, **predict(config.task, scores, label, answers)}
+                for i, kind, scores, label in scored]
         predictions = sorted(in_all_processes(predictions), key=lambda p: p["index"])
     if config.task == "qa":
         add_majority(predictions)
-    if config.together:
-        predictions += all_right_together(predictions, clips.manifest)
     unreadable = list(dict.fromkeys(in_all_processes(unreadable)))     # re-ranking reads twice
     return {"samples": len(clips), "unreadable": unreadable, "predictions": predictions}
 
 
-def predict(task: str, items: dict, i: int, scores: Tensor, answers: list[str] | None) -> dict:
-    """What one sample's scores, (O,) or (answers,), say, and the metrics of its task."""
-    label = int(items["label"][i])
-    about = {"index": int(items["index"][i]), "where": items["where"][i],
-             "kind": items["kind"][i] or "all", "label": label}
-    if task == "choice":
-        scores = scores[:int(items["option_mask"][i].sum())]
-        return about | {"scores": scores.tolist(), "metrics": {
-            "accuracy %": 100 * top(scores, label, 1), "chance %": 100 / len(scores)}}
-    best = scores.topk(min(5, len(scores))).indices.tolist()
-    about["answers"] = [answers[a] for a in best]
-    if task == "probe":
-        return about | {"metrics": {f"top-{k} %": 100 * top(scores, label, k) for k in (1, 5, 10)}}
-    right = 100 * top(scores, label, 1)          # an answer that is no class is wrong;
-    known = {"in vocabulary %": right} if label >= 0 else {}       # the release leaves it out
-    return about | {"metrics": {"accuracy %": right} | known}
-
-
-def predict_pretraining(model: AllInOne, items: dict, views: list[dict]) -> list[dict]:
-    """One prediction for each clip (kind "VTM") and for each masked word ("MLM"): Tab. 6, 9, 10."""
-    words, matched, _ = (sum(scores) if torch.is_tensor(scores[0]) else scores
-                         for scores in zip(*(score_pretraining(model, view) for view in views)))
+def score(model: AllInOne, task: str, items: dict, views: list[dict]) -> list[tuple]:
+    """(row of the batch, kind, scores, label) of each sample, its views averaged. Pre-training
+    (Tab. 6, 9, 10): of each clip, kind "VTM", and of each masked word, "MLM"."""
+    labels = items["label"].tolist()
+    if task != "pretrain":
+        scores = sum(SCORES[task](model, view) for view in views) / len(views)
+        check_scores(scores, items["where"])
+        kinds = [kind or "all" for kind in items["kind"]]
+        return list(zip(range(len(kinds)), kinds, scores.cpu(), labels))
+    words, matched = (sum(scores).cpu() for scores in zip(
+        *(score_pretraining(model, view)[:2] for view in views)))
     check_scores(matched, items["where"])
-    m, found = items["text_ids"].shape[1], []
-    for scores, label, i in zip(words.cpu(), items["mlm_labels"].tolist(),
-                                (items["mlm_where"] // m).tolist()):
-        found += [("MLM", i, scores.float(), label)] if label >= 0 else []
-    found += [("VTM", i, scores, int(items["vtm_labels"][i]))
-              for i, scores in enumerate(matched.cpu())]
-    return [{"index": int(items["index"][i]), "where": items["where"][i], "kind": kind,
-             "label": label, "metrics": {"accuracy %": 100 * top(scores, label, 1)}}
-            for kind, i, scores, label in found]
+    rows = (items["mlm_where"] // items["text_ids"].shape[1]).tolist()
+    found = [(i, "MLM", scores, label) for i, scores, label in zip(
+        rows, words, items["mlm_labels"].tolist()) if label >= 0]
+    return found + [(i, "VTM", scores, label) for i, (scores, label) in enumerate(
+        zip(matched, items["vtm_labels"].tolist()))]
 
 
-def top(scores: Tensor, label: int, k: int) -> float:
-    """The chance that `label` is among the best k of scores (O,), ties drawn at random; -1: 0."""
-    if label < 0:
-        return 0.0
-    better, tied = (scores > scores[label]).sum(), (scores == scores[label]).sum()
-    return float(((k - better) / tied).clamp(0, 1))
+def predict(task: str, scores: Tensor, label: int, answers: list[str] | None) -> dict:
+    """The metrics of one sample, whose scores are (O,) or (answers,), and what they rest on."""
+    scores = scores[scores > -torch.inf]                           # without absent options
+    tied = places(scores[None], torch.arange(len(scores))[None] == label)
+    right = {k: 100 * recall(k, *map(int, tied)) for k in (1, 5, 10)}      # none for label -1
+    if task == "pretrain":
+        return {"metrics": {"accuracy %": right[1]}}
+    if task == "choice":
+        return {"scores": scores.tolist(),
+                "metrics": {"accuracy %": right[1], "chance %": 100 / len(scores)}}
+    best = [answers[a] for a in scores.topk(min(5, len(scores))).indices.tolist()]
+    if task == "probe":
+        return {"answers": best, "metrics": {f"top-{k} %": right[k] for k in right}}
+    # an answer that is no class is wrong; the release leaves it out
+    known = {"in vocabulary %": right[1]} if label >= 0 else {}
+    return {"answers": best, "metrics": {"accuracy %": right[1]} | known}
 
 
 def add_majority(predictions: list[dict]) -> None:
@@ -404,39 +382,24 @@ def add_majority(predictions: list[dict]) -> None:
             p["metrics"]["majority %"] = 100.0 * (p["label"] in dict(commonest))
 
 
-def all_right_together(predictions: list[dict], manifest: Manifest) -> list[dict]:
-    """VCR's Q->AR: line n of every manifest right, as predictions of kind "together"."""
-    lines, groups, together = manifest.sizes[0], defaultdict(list), []
-    for p in predictions:
-        groups[p["index"] % lines].append(p)
-    for group in groups.values():
-        videos = {manifest[p["index"]]["video"] for p in group}
-        if {lines} != set(manifest.sizes) or len(videos) > 1:
-            raise ValueError(
-                "--together: the manifests differ in length, or "
-                f"{' and '.join(p['where'] for p in group)} are about different videos; convert "
-                "both (data.py convert vcr_qa, vcr_qar) from the same files")
-        if len(group) == len(manifest.sizes):
-            together.append({**group[0], "kind": "together", "metrics": {
-                name: 100 * math.prod(p["metrics"][name] / 100 for p in group)
-                for name in group[0]["metrics"]}})
-    return together
-
-
 # ---- Features that are kept: probes (Tab. 12), search ------------------------------------------
 
+CHUNK = 2048                      # clips between two savings
+
+
 def clip_key(sample: dict) -> str:
-    """What tells whether a clip's features still hold: file, size, time and window."""
+    """What tells whether a clip's features still hold: its file, and what is read of it."""
     try:
         stat = os.stat(sample["video"])
     except OSError:
         return f"{sample['video']} is absent"
-    return f"{sample['video']} {stat.st_size} {stat.st_mtime_ns} {sample.get('start')} " \
-           f"{sample.get('end')}"
+    return json.dumps([sample["video"], stat.st_size, stat.st_mtime_ns,
+                       *map(sample.get, ("start", "end", "fps", "boxes"))])
 
 
 @torch.no_grad()
-def kept_features(model: AllInOne, clips: Clips, encode, path: Path, config, device, say):
+def kept_features(model: AllInOne, clips: Clips, encode, path: Path | None, config: EvalConfig,
+                  device: torch.device, say):
     """({sample: feature}, unreadable): encode(model, view) of each clip, computed once.
 
     They are kept in `path` as long as weights and model are the same, and read from there for
@@ -445,53 +408,43 @@ def kept_features(model: AllInOne, clips: Clips, encode, path: Path, config, dev
     weights = zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for name, p in
                                   model.named_parameters() if not name.startswith("answer_head")))
     c = {k: v for k, v in asdict(model.config).items() if not k.startswith("answer")}
-    key, kept = json.dumps([weights, encode.__name__, c, clips.squash]), {}
+    key, kept = json.dumps([weights, encode.__name__, c, clips.squash, clips.boxes, config.order
+                            ]), {}
     try:
-        content = read_weights(path) if path.exists() else {}
+        content = read_weights(path) if path and path.exists() else {}
         if content.get("key") == key:
             kept = dict(zip(content["names"], content["features"]))
     except (ValueError, KeyError) as error:
         say(f"{path}: computed anew ({error})")                # no more than a cache
     names = [clip_key(clips.manifest[i]) for i in range(len(clips))]
-    missing = [i for i in range(len(clips)) if names[i] not in kept]
-    if not in_all_processes(missing):
-        return {i: kept[name] for i, name in enumerate(names)}, []
-
-    def save():
-        if dist.get_rank() == 0 and kept:
-            beside = path.with_suffix(".partial")
-            torch.save({"key": key, "names": list(kept),
-                        "features": torch.stack(list(kept.values()))}, beside)
-            beside.replace(path)
-
-    new, unreadable, since = [], [], time.monotonic()
-    reading = EvalConfig(task=clips.task, batch=config.batch or 16, workers=config.workers)
-    for items, (view, *_) in read(model.to(device).eval(), clips, reading, device, unreadable,
-                                  missing):
-        with half_precision(device):
-            found = list(zip(items["index"].tolist(), encode(model, view).float().cpu()))
-        new += found
-        say(f"\rfeatures of {len(new)} clips on each process", end="")
-        if dist.get_world_size() == 1:
-            kept |= {names[i]: feature for i, feature in found}
-            if time.monotonic() - since > 60:
-                save()
-                since = time.monotonic()
-    kept |= {names[i]: feature for i, feature in in_all_processes(new)}
+    missing, unreadable = [i for i, name in enumerate(names) if name not in kept], []
+    model.to(device).eval()
+    for begin in range(0, len(missing), CHUNK):
+        new = []
+        for items, (view, *_) in read(model, clips, config, device, unreadable,
+                                      missing[begin:begin + CHUNK]):
+            with half_precision(device):
+                new += zip(items["index"].tolist(), encode(model, view).cpu())
+        kept |= {names[i]: feature for i, feature in in_all_processes(new)}
+        say(f"\rfeatures: {begin} of {len(missing)} clips", end="")
+        if path and kept and dist.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                torch.save({"key": key, "names": list(kept),
+                            "features": torch.stack(list(kept.values()))}, file)
     unreadable = in_all_processes(unreadable)
-    say(f"\rfeatures of {len(missing) - len(unreadable)} clips; unreadable: {len(unreadable)}")
-    save()
+    if missing:
+        say(f"\rfeatures of {len(missing) - len(unreadable)} clips; unreadable: {len(unreadable)}")
     return {i: kept[name] for i, name in enumerate(names) if name in kept}, unreadable
 
 
 def cls_features(model: AllInOne, clips: Clips, path: Path, config, device, say):
     """(what a probe trains on, what could not be read): a list of {feature, label, where, set}.
 
-    DataError if more than 1 clip in 10 cannot be read.
+    config: a TrainConfig. DataError if more than 1 clip in 10 cannot be read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    config = replace(config, batch=config.batch_per_gpu)
-    features, unreadable = kept_features(model, clips, video_cls, path, config, device, say)
+    reading = EvalConfig(task="probe", batch=config.batch_per_gpu, workers=config.workers)
+    features, unreadable = kept_features(model, clips, video_cls, path, reading, device, say)
     if len(unreadable) > len(clips) / 10:
         raise DataError(f"{len(unreadable)} of {len(clips)} clips cannot be read, above 1 in 10: "
                         f"{'; '.join(unreadable[-3:])}")
@@ -508,36 +461,24 @@ def cls_features(model: AllInOne, clips: Clips, path: Path, config, device, say)
 BLOCK = 4096                      # BLOCK^2 scores are in memory at once
 
 
-@dataclass
-class Side:
+class Side(typing.NamedTuple):
     """One side of retrieval: as queries or as the gallery."""
+
     names: list                   # file:line of each clip, file:line#k of its k-th caption
     clip: Tensor                  # (G,) which clip each is or belongs to
     features: Tensor              # (G, E), normalised
-    joint: tuple | None = None    # what is re-ranked: (query, candidate, score), each (P,)
-
-    def blocks(self, gallery: Side) -> list[slice]:
-        """The queries in parts whose scores fit into memory."""
-        size = max(1, BLOCK ** 2 // len(gallery.names))
-        return [slice(begin, begin + size) for begin in range(0, len(self.names), size)]
-
-    def scores(self, rows: slice, gallery: Side) -> Tensor:
-        """(rows, gallery): cosines, products in float64 and rounded, so that ties stay ties in
-        blocks of any size; of re-ranked pairs the joint score, above every cosine."""
-        queries = self.features[rows].double()
-        scores = torch.cat([(queries @ part.double().T).float()
-                            for part in gallery.features.split(BLOCK)], 1)
-        if self.joint:
-            query, candidate, score = self.joint
-            here = (query >= rows.start) & (query < rows.stop)
-            scores = scores.double()                       # float32 would lose digits of the joint
-            scores[query[here] - rows.start, candidate[here]] = score[here]
-        return scores
 
 
-def both_ways(texts: Side, videos: Side) -> list[tuple[str, Side, Side]]:
-    """(direction, queries, gallery) of both."""
-    return [("text to video", texts, videos), ("video to text", videos, texts)]
+def cosines(asked: Side, gallery: Side):
+    """Yields (first query, cosines (rows, G)) by blocks of this process's share of the queries.
+
+    Products in float64 and rounded, so that ties stay ties in blocks of any size.
+    """
+    size = max(1, BLOCK ** 2 // len(gallery.names))
+    for begin in range(0, len(asked.names), size)[dist.get_rank()::dist.get_world_size()]:
+        queries = asked.features[begin:begin + size].double()
+        yield begin, torch.cat([(queries @ part.double().T).float()
+                                for part in gallery.features.split(BLOCK)], 1)
 
 
 def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
@@ -546,44 +487,48 @@ def score_retrieval(model: AllInOne, clips: Clips, config: EvalConfig, device: t
 
     Returns one prediction for each caption (kind "text to video") and each clip ("video to text").
     """
-    rows = []                                            # of (index, where, video, texts, ids)
+    rows = []
     for items, views in read(model, clips, config, device, unreadable):
         with half_precision(device):
             video = sum(video_embedding(model, view) for view in views) / len(views)    # (B, E)
             text = text_embedding(model, views[0]["text_ids"], views[0]["text_mask"])   # (T, E)
         check_scores(video, items["where"])
-        ids = [tuple(row[mask].tolist()) for row, mask in zip(items["text_ids"],
-                                                              items["text_mask"])]
         for i, index in enumerate(items["index"].tolist()):
-            own = (items["text_clip"] == i).nonzero()[:, 0].tolist()
-            rows.append((index, items["where"][i], video[i].cpu(), text[own].cpu(),
-                         [ids[t] for t in own]))
+            own = (items["text_clip"] == i).nonzero()[:, 0]
+            ids = [tuple(items["text_ids"][t][items["text_mask"][t]].tolist()) for t in own]
+            rows.append((index, items["where"][i], video[i].cpu(), text.cpu()[own], ids))
     rows = sorted(in_all_processes(rows), key=lambda row: row[0])
     if not rows:
         return []
-    ids = [words for row in rows for words in row[4]]
-    first = {}
-    once = [first.setdefault(words, t) for t, words in enumerate(ids)]   # equal words tie exactly
-    videos = Side([row[1] for row in rows], torch.arange(len(rows)),
-                  torch.stack([row[2] for row in rows]))
-    texts = Side([f"{row[1]}#{k}" for row in rows for k in range(len(row[4]))],
-                 torch.tensor([v for v, row in enumerate(rows) for _ in row[4]]),
-                 torch.cat([row[3] for row in rows])[once])
+    index, where, videos, texts, ids = zip(*rows)
+    first, captions = {}, [words for own in ids for words in own]
+    once = torch.tensor([first.setdefault(words, t) for t, words in enumerate(captions)])
+    clip = torch.arange(len(rows))
+    videos = Side(where, clip, torch.stack(videos))
+    texts = Side([f"{name}#{k}" for name, own in zip(where, ids) for k in range(len(own))],
+                 clip.repeat_interleave(torch.tensor([len(own) for own in ids])),
+                 torch.cat(texts)[once])                                 # equal words tie exactly
+    ways = [("text to video", texts, videos), ("video to text", videos, texts)]
+    joint = [None, None]
     if config.rerank:
-        rerank(model, clips, config, device, unreadable, rows, torch.tensor(once), texts, videos)
+        joint = rerank(model, clips, config, device, unreadable, index, captions, once, ways)
     predictions = []
-    for kind, asked, gallery in both_ways(texts, videos):
+    for (kind, asked, gallery), reranked in zip(ways, joint):
         mine = []
-        for part in asked.blocks(gallery)[dist.get_rank()::dist.get_world_size()]:
-            scores = asked.scores(part, gallery)                         # (block, G)
-            found = places(scores, asked.clip[part, None] == gallery.clip)
-            for q, best, above, wrong, true in zip(
-                    range(part.start, part.stop), scores.argmax(1).tolist(),
-                    *(n.tolist() for n in found)):
-                recalls = {f"R@{k} %": 100 * recall(k, above, wrong, true) for k in (1, 5, 10)}
-                mine.append((q, {
-                    "where": asked.names[q], "kind": kind, "best": gallery.names[best],
-                    "metrics": recalls | {"rank": above + (wrong + true + 1) / (true + 1)}}))
+        for begin, scores in cosines(asked, gallery):                    # (rows, G)
+            end = begin + len(scores)
+            if reranked:
+                query, candidate, matched = reranked
+                here = (query >= begin) & (query < end)
+                scores = scores.double()                   # float32 would lose digits of matched
+                scores[query[here] - begin, candidate[here]] = matched[here]
+            found = places(scores, asked.clip[begin:end, None] == gallery.clip)
+            for q, best, above, wrong, right in zip(range(begin, end), scores.argmax(1).tolist(),
+                                                    *(n.tolist() for n in found)):
+                recalls = {f"R@{k} %": 100 * recall(k, above, wrong, right) for k in (1, 5, 10)}
+                rank = above + (wrong + right + 1) / (right + 1)
+                mine.append((q, {"where": asked.names[q], "kind": kind, "best": gallery.names[best],
+                                 "metrics": recalls | {"rank": rank}}))
         predictions += [p for _, p in sorted(in_all_processes(mine), key=lambda row: row[0])]
     return predictions
 
@@ -608,29 +553,30 @@ def recall(k: int, above: int, wrong: int, right: int) -> float:
 
 
 def rerank(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
-           unreadable: list, rows: list, once: Tensor, texts: Side, videos: Side) -> None:
-    """Sets `joint` of both sides: VTM's matched logit of the best config.rerank of each query.
+           unreadable: list, index: tuple, captions: list, once: Tensor, ways: list) -> list[tuple]:
+    """VTM's matched logit of the best config.rerank of each query, by cosine: for each direction
+    (query, candidate, logit), all (P,), shifted above every cosine.
 
-    once: for each caption the first one of the same words, which alone is scored. Whoever is not
-    among the best keeps its cosine; whoever ties with the last of the best is among them.
+    index: the clips' numbers. captions: their ids. once: for each caption the first one of the same
+    words, which alone is scored. Whoever ties with the last of the best is among them.
     """
-    N, ids, pairs = len(rows), [words for row in rows for words in row[4]], []
-    for _, asked, gallery in both_ways(texts, videos):
-        chosen = []
-        for part in asked.blocks(gallery):
-            scores = asked.scores(part, gallery)
+    N, chosen = len(index), []
+    for _, asked, gallery in ways:
+        mine = []
+        for begin, scores in cosines(asked, gallery):
             last = scores.topk(min(config.rerank, scores.shape[1]), 1).values[:, -1:]
-            chosen.append((scores >= last).nonzero() + torch.tensor([part.start, 0]))
-        pairs.append(torch.cat(chosen))
-    numbers = [once[pair[:, side]] * N + pair[:, 1 - side] for side, pair in enumerate(pairs)]
-    wanted = torch.cat(numbers).unique()                       # caption * N + clip, in order
-    place, found = {row[0]: v for v, row in enumerate(rows)}, []
+            mine.append((scores >= last).nonzero() + torch.tensor([begin, 0]))
+        chosen.append(torch.cat(in_all_processes(mine)))
+    (text, video), (video_, text_) = (pairs.unbind(1) for pairs in chosen)
+    numbers = torch.cat([once[text] * N + video, once[text_] * N + video_])
+    wanted, at = numbers.unique(return_inverse=True)
+    place, found = {i: v for v, i in enumerate(index)}, []
     for items, views in read(model, clips, config, device, unreadable):
-        for b, index in enumerate(items["index"].tolist()):
-            captions = wanted[wanted % N == place[index]] // N
-            for part in captions.split(8 * config.batch):
-                lengths = torch.tensor([len(ids[t]) for t in part])
-                words = pad([list(ids[t]) for t in part], int(lengths.max()), 0).to(device)
+        for b, v in enumerate(place[i] for i in items["index"].tolist()):
+            for part in (wanted % N == v).nonzero()[:, 0].split(8 * config.batch):
+                own = [list(captions[t]) for t in wanted[part] // N]
+                lengths = torch.tensor([len(ids) for ids in own])
+                words = pad(own, int(lengths.max()), 0).to(device)
                 mask = (torch.arange(words.shape[1]) < lengths[:, None]).to(device)
                 logits = torch.zeros(len(part))
                 for view in views:
@@ -640,34 +586,35 @@ def rerank(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.devi
                                             model.embed_text(words), mask).pooled
                     logits += model.vtm_head(pooled)[:, 1].cpu() / len(views)
                 check_scores(logits, [items["where"][b]] * len(part))
-                found.append((part * N + place[index], logits.double()))
-    scored, logits = (torch.cat(side) for side in zip(*in_all_processes(found)))
-    order = scored.argsort()
-    scored, logits = scored[order], logits[order] - logits.min() + 2
-    for side, pair, number in zip((texts, videos), pairs, numbers):
-        at = torch.searchsorted(scored, number).clamp(max=len(scored) - 1)
-        there = scored[at] == number                           # but for clips unreadable this time
-        side.joint = (*pair[there].unbind(1), logits[at[there]])
+                found.append((part, logits.double()))
+    matched = torch.full(wanted.shape, torch.nan, dtype=torch.float64)   # clips unreadable now
+    for part, logits in in_all_processes(found):
+        matched[part] = logits
+    matched = (matched - matched.nan_to_num(torch.inf).min() + 2)[at].split([*map(len, chosen)])
+    return [(*pairs[~scores.isnan()].unbind(1), scores[~scores.isnan()])
+            for pairs, scores in zip(chosen, matched)]
 
 
 # ---- On any video: fill, match, ask, explain, attention, search (Sec. 4.6, Fig. 4, 6, 11) --------
 
+def likeliest(chances: Tensor, name) -> list:
+    """[name, chance] of the five greatest of chances (K,)."""
+    best = chances.topk(min(5, len(chances)))
+    return [[name(i), round(p, 4)] for p, i in zip(*(x.tolist() for x in best))]
+
+
 def fill(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
     """The five likeliest words of each [MASK], by the video and the text or --blind, the text."""
     ids, mask = clip["text_ids"], clip["text_mask"]
-    text = (model.encode_text(ids, mask) if config.blind
-            else model(clip["video"], ids, mask).text)
+    text = model.encode_text(ids, mask) if config.blind else model(clip["video"], ids, mask).text
     chances = model.mlm_head(text[ids == clips.tokenizer.mask_id]).float().softmax(-1)
-    return {"masks": [[[clips.tokenizer.words.id_to_token(i), round(p, 4)] for p, i in zip(
-        *(x.tolist() for x in row.topk(5)))] for row in chances]}
+    return {"masks": [likeliest(row, clips.tokenizer.words.id_to_token) for row in chances]}
 
 
 def match(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
     """Each --text, its probability among them (Sec. 4.2.3) and that of matching, alone."""
-    B = len(config.text)
-    pooled = model(clip["video"].expand(B, -1, -1, -1, -1), clip["text_ids"],
-                   clip["text_mask"]).pooled
-    logits = model.vtm_head(pooled)                                                    # (B, 2)
+    video = clip["video"].expand(len(config.text), -1, -1, -1, -1)
+    logits = model.vtm_head(model(video, clip["text_ids"], clip["text_mask"]).pooled)      # (B, 2)
     among, alone = logits[:, 1].softmax(0), logits.softmax(1)[:, 1]
     return {"captions": [[text, round(p, 4), round(q, 4)] for text, p, q in zip(
         config.text, among.tolist(), alone.tolist())]}
@@ -675,9 +622,8 @@ def match(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict
 
 def ask(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
     """The five likeliest answers of an open-ended QA checkpoint (Sec. 4.2.1)."""
-    best = score_answers(model, clip)[0].softmax(0).topk(min(5, len(clips.answers)))
-    return {"answers": [[clips.answers[a], round(p, 4)] for p, a in zip(
-        *(x.tolist() for x in best))]}
+    chances = score_answers(model, clip)[0].softmax(0)
+    return {"answers": likeliest(chances, clips.answers.__getitem__)}
 
 
 def origins(model: AllInOne, S: int, blocks: int) -> Tensor:
@@ -691,15 +637,20 @@ def origins(model: AllInOne, S: int, blocks: int) -> Tensor:
     return frames[:, first:, 0]
 
 
-def block_attention(model: AllInOne, clip: dict) -> list[Tensor]:
-    """What each token spends on each, by block: L tensors (S, m+1+n, m+1+n)."""
-    kept = []
-    hooks = [block.attn.register_forward_hook(
-        lambda attn, args, out: kept.append(attn.weights(*args))) for block in model.blocks]
+def block_attention(model: AllInOne, clip: dict) -> list[tuple[Tensor, Tensor]]:
+    """What each text token spends, by block: on text (m, m) and on the video tokens, which have
+    come to the S frames: (m, S, 1+n). Together they sum to 1; frames and heads are averaged."""
+    S, m, blocks = clip["video"].shape[1], clip["text_ids"].shape[1], []
+
+    def keep(attn, args, out):
+        spent = attn.weights(*args)[:, :m]      # (S, m, m+1+n) or, of "flatten", (1, m, m+S(1+n))
+        video = spent[:, :, m:].transpose(0, 1).reshape(m, S, -1)
+        blocks.append((spent[:, :, :m].mean(0), video / len(spent)))
+    hooks = [block.attn.register_forward_hook(keep) for block in model.blocks]
     model(clip["video"], clip["text_ids"], clip["text_mask"])
     for hook in hooks:
         hook.remove()
-    return kept
+    return blocks
 
 
 def explain(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
@@ -716,21 +667,20 @@ def explain(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> di
         at = chances.masked_fill(~masks, -1).argmax(1)                        # the surest first
         clip["text_ids"] = clip["text_ids"].index_copy(1, at, words[:, at])
     ids, S, c = clip["text_ids"], clip["video"].shape[1], model.config
-    m, first = ids.shape[1], model.specials
     if config.block:
-        maps = block_attention(model, clip)[config.block - 1][:, :m, m + first:].transpose(0, 1)
+        maps = block_attention(model, clip)[config.block - 1][1][:, :, model.specials:]
     else:
         features = model(clip["video"], ids, clip["text_mask"])
-        patches = features.frames[:, :, first:].flatten(1, 2)                          # (1, S*n, D)
+        patches = features.frames[:, :, model.specials:].flatten(1, 2)                 # (1, S*n, D)
         _, plan = word_patch_transport(features.text, patches, clip["text_mask"])
         maps = plan[0].unflatten(1, (S, -1))                                           # (m, S, n)
     source = origins(model, S, config.block or c.depth).to(maps.device)
-    maps = torch.zeros_like(maps).scatter_add_(1, source.expand(m, -1, -1), maps)
-    words = [clips.tokenizer.words.id_to_token(i) for i in ids[0].tolist()]
+    maps = torch.zeros_like(maps).scatter_add_(1, source.expand(len(maps), -1, -1), maps)
     inside = slice(1, int(clip["text_mask"].sum()) - 1)                       # no [CLS], no [SEP]
     maps = maps[inside] / maps[inside].sum((1, 2), keepdim=True)
     side = c.image_size // c.patch_size
-    return {"words": words[inside], "maps": maps.unflatten(2, (side, side)).tolist()}
+    return {"words": [clips.tokenizer.words.id_to_token(i) for i in ids[0, inside].tolist()],
+            "maps": maps.unflatten(2, (side, side)).tolist()}
 
 
 def attention(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> dict:
@@ -738,140 +688,141 @@ def attention(model: AllInOne, clips: Clips, clip: dict, config: EvalConfig) -> 
     patches and rolled ones, which sum to 1; and "per_patch", a rolled patch's share by another's.
     """
     S, m, blocks = clip["video"].shape[1], int(clip["text_mask"].sum()), []
-    width = clip["text_ids"].shape[1]
-    for d, weights in enumerate(block_attention(model, clip), start=1):
-        spent = weights[:, :m].mean(1)                                                 # (S, T)
-        rolled = origins(model, S, d).to(spent.device) != torch.arange(
-            S, device=spent.device)[:, None]                                           # (S, n)
-        patches = spent[:, width + model.specials:]
-        shares = [spent[:, :width].sum(1), spent[:, width:width + model.specials].sum(1),
-                  (patches * ~rolled).sum(1), (patches * rolled).sum(1)]
-        text, cls, own, other = (float(share.mean()) for share in shares)
+    for d, (text, video) in enumerate(block_attention(model, clip), start=1):
+        cls, patches = video[:m].mean(0).tensor_split((model.specials,), 1)            # (S, n)
+        rolled = (origins(model, S, d) != torch.arange(S)[:, None]).to(patches.device)
+        own, other = float(patches[~rolled].sum()), float(patches[rolled].sum())
         ratio = other / own * float((~rolled).sum() / rolled.sum()) if rolled.any() else 0.0
-        blocks.append({"block": d, "text": text, "cls": cls, "own": own, "rolled": other,
-                       "per_patch": ratio})
+        blocks.append({"step": d, "text": float(text[:m].sum() / m), "cls": float(cls.sum()),
+                       "own": own, "rolled": other, "per_patch": ratio})
     return {"blocks": blocks}
 
 
 USES = {"fill": fill, "match": match, "ask": ask, "explain": explain, "attention": attention}
 
 
-def video_manifest(config: EvalConfig, **fields) -> str:
-    """A manifest of --video: files, folders (walked) and manifests, `fields` added to each line.
+def video_manifest(config: EvalConfig) -> str:
+    """A manifest of --video: files, folders (walked) and manifests, --text added to each line.
 
-    What is longer than --window seconds is cut into such windows.
+    What is longer than --window seconds is cut into such windows, between its own start and end.
     """
-    lines = []
+    lines, window = [], config.window
+    asked = {"question": config.text[0], "texts": config.text}
     for path in map(Path, config.video):
         if path.suffix in (".jsonl", ".csv", ".tsv"):
-            manifest = Manifest(path, config.columns)
-            samples = [manifest[i] for i in range(len(manifest))]
+            samples = list(Manifest(path, config.columns))
         else:
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             samples = [{"video": str(file.absolute())} for file in files
                        if file == path or file.suffix.lower() in MEDIA]
         for sample in samples:
-            length = duration(sample["video"]) if config.window else 0.0
-            starts = [k * config.window for k in range(math.ceil(length / (config.window or 1)))]
-            for start in starts if length > config.window else [None]:
-                times = {} if start is None else {"start": start, "end": start + config.window}
-                lines.append({key: sample[key] for key in ("video", "start", "end", "fps")
-                              if key in sample} | times | fields)
+            kept = {key: sample[key] for key in ("video", "start", "end", "fps") if key in sample}
+            begin, times = sample.get("start", 0.0), [{}]
+            end = min(sample.get("end", math.inf), window and duration(sample["video"]) or math.inf)
+            if window and window < end - begin < math.inf:
+                times = [{"start": begin + k * window, "end": min(begin + (k + 1) * window, end)}
+                         for k in range(math.ceil((end - begin) / window))]
+            lines += [json.dumps(kept | span | asked) + "\n" for span in times]
     if not lines:
         raise DataError(f"--video {' '.join(config.video)}: no clip there; expected files, folders "
                         "or manifests")
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    path = Path(tempfile.gettempdir(), f"allinone-{zlib.crc32(text.encode()):08x}.jsonl")
-    path.write_text(text)
-    return str(path)
+    place = temporary("".join(lines), ".jsonl")
+    with replacing(place) as file:
+        file.write("".join(lines).encode())
+    return str(place)
 
 
 def place_of(sample: dict) -> str:
     """A clip as a person names it: its path, and its window."""
-    return sample["video"] + ("" if sample.get("start") is None else
-                              f" {sample['start']:g}-{sample['end']:g} s")
+    window = f" {sample.get('start', 0):g}-{sample.get('end', math.inf):g} s"
+    return sample["video"] + window * ("start" in sample or "end" in sample)
 
 
 @torch.no_grad()
 def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, device,
         say) -> list[dict]:
-    """--task fill, match, ask, explain or attention on every clip of --video, one by one.
+    """--task fill, match, ask, explain, attention or search on the clips of --video.
 
-    Prints and returns the results; --json FILE writes them as lines, --out DIR a picture of each.
+    Prints and returns the results, in all processes the same; the first one writes --out DIR, a
+    picture of each clip (search: of each text).
     """
-    model, results, unreadable = model.to(device).eval(), [], []
-    fields = {"question": config.text[0]} if config.task == "ask" else {"texts": list(config.text)}
-    reading = replace(config, task="qa" if config.task == "ask" else "retrieval", batch=1, clips=1,
-                      data=(video_manifest(config, **fields),))
+    model, unreadable, found = model.to(device).eval(), [], []
+    task = {"ask": "qa", "search": "probe"}.get(config.task, "retrieval")
+    reading = replace(config, task=task, clips=1, data=(video_manifest(config),))
     clips = reading.clips_of(model, tokenizer, answers)
-    for items, (clip,) in read(model, clips, reading, device, unreadable):
-        found = USES[config.task](model, clips, clip, config)
-        results.append({"video": place_of(clips.manifest[int(items["index"][0])]), **found})
-        if config.task == "explain":
-            rows = [(word, heated(items["video"][0], torch.tensor(heat)))
-                    for word, heat in zip(found["words"], found["maps"])]
-            shown = {"video": results[-1]["video"], "words": found["words"]}
-        else:
-            shown, rows = results[-1], [(json.dumps(found)[:80], list(items["video"][0]))]
-        if config.task != "attention":
-            say(json.dumps(shown, ensure_ascii=False))
-        if config.out:
-            beside = Path(config.out) / f"{config.task}-{len(results)}.json"
-            save_picture(beside.with_suffix(".png"), rows)
-            beside.write_text(json.dumps(results[-1]))           # the numbers of the picture
-    if config.task == "attention" and results:
-        names, lines = ("text", "cls", "own", "rolled", "per_patch"), []
-        for d, rows in enumerate(zip(*(r["blocks"] for r in results)), start=1):
-            lines.append({"step": d} | {name: sum(r[name] for r in rows) / len(rows)
-                                        for name in names})
-            say(f"block {d}: " + ", ".join(f"{name} {lines[-1][name]:.3f}" for name in names))
-        if config.out:
-            save_curves(Path(config.out) / "attention.png", lines, names[:4])
-    for line in unreadable:
+    if config.task == "search":
+        found = search(model, clips, reading, device, unreadable, say)
+    else:
+        for items, (clip,) in read(model, clips, replace(reading, batch=1), device, unreadable):
+            number, frames = int(items["index"][0]), items["video"][0]
+            about = USES[config.task](model, clips, clip, config)
+            rows = [(json.dumps(about)[:80], list(frames))]
+            if config.task == "explain":
+                rows = [(word, heated(frames, torch.tensor(heat)))
+                        for word, heat in zip(about["words"], about["maps"])]
+            result = {"video": place_of(clips.manifest[number]), **about}
+            found.append((number, result, rows if config.out else []))
+        found = sorted(in_all_processes(found), key=lambda one: one[0])
+    pictures, results = defaultdict(list), [result for _, result, _ in found]
+    for number, result, rows in found:
+        say(json.dumps({k: v for k, v in result.items() if k not in ("maps", "blocks")},
+                       ensure_ascii=False))
+        pictures[number] += rows
+    for line in dict.fromkeys(in_all_processes(unreadable)):
         say(f"left out: {line}")
+    blocks = [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+              for rows in zip(*(result.get("blocks", ()) for result in results))]
+    for row in blocks:
+        say("block " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
+    if dist.get_rank() == 0 and config.out:
+        for number, rows in enumerate(pictures.values(), start=1):
+            save_picture(Path(config.out) / f"{config.task}-{number}.png", rows)
+        save_curves(Path(config.out) / "attention.png", blocks, ("text", "cls", "own", "rolled"))
     return results
 
 
-@torch.no_grad()
-def search(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, device,
-           say) -> list[dict]:
-    """--task search: the clips of --video that are likest to each --text, by cosine (Sec. 3.3 VTC),
-    the best --rerank of them by VTM. --index FILE keeps the clips' features."""
-    model, results = model.to(device).eval(), []
-    reading = replace(config, task="probe", clips=1, data=(video_manifest(config),))
-    clips = reading.clips_of(model, tokenizer, [])
-    path = Path(config.index or Path(tempfile.mkdtemp()) / "index.pt")
-    features, unreadable = kept_features(model, clips, video_embedding, path, reading, device, say)
+def index_entry(model: AllInOne, batch: dict) -> Tensor:
+    """(B, vtc_dim): a clip's embedding as an index keeps it."""
+    return video_embedding(model, batch).half()
+
+
+def search(model: AllInOne, clips: Clips, config: EvalConfig, device: torch.device,
+           unreadable: list, say) -> list[tuple]:
+    """The clips that are likest to each --text, by cosine (Sec. 3.3 VTC), the best --rerank of
+    them by VTM: (number of the text, result, rows of its picture). --index FILE keeps the features.
+
+    Each process looks through its share of the clips.
+    """
+    path, found = Path(config.index) if config.index else None, []
+    features, lost = kept_features(model, clips, index_entry, path, config, device, say)
+    unreadable += lost
     if not features:
-        raise DataError(f"no clip can be read: {'; '.join(unreadable[:3])}")
-    gallery = torch.stack(list(features.values())).to(device)                          # (G, E)
-    numbers = list(features)
-    for text in config.text:
-        ids = torch.tensor([tokenizer.encode(text, model.config.max_text_len)], device=device)
-        (scores,), (best,) = nearest(text_embedding(model, ids), gallery,
-                                     max(config.rerank, config.top))
-        found = [{"text": text, "video": place_of(clips.manifest[numbers[g]]),
-                  "cosine": round(s, 4), "number": numbers[g]}
-                 for s, g in zip(scores.tolist(), best.tolist())]
-        for one in found:
-            keys = [[(one["number"], one["number"])]]
-            (items,) = load(clips, keys, functools.partial(collate, clips=clips), 0) if (
-                config.rerank or config.out) else ({},)
-            if config.rerank:
-                pooled = model(items["video"].to(device), ids).pooled
-                one["matched"] = round(float(model.vtm_head(pooled).softmax(1)[0, 1]), 4)
-            one["frames"] = list(items["video"][0]) if "video" in items else []
-        found.sort(key=lambda one: -one.get("matched", one["cosine"]))
-        if config.out:
-            save_picture(Path(config.out) / f"search-{len(results) + 1}.png", [
-                (f"{one['cosine']:.2f} {one['video']}", one["frames"]) for one in found])
-        for one in found[:config.top]:
-            del one["frames"], one["number"]
-            say(json.dumps(one, ensure_ascii=False))
-            results.append(one)
-    for line in unreadable:
-        say(f"left out: {line}")
-    return results
+        raise DataError(f"no clip can be read: {'; '.join(lost[:3])}")
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    numbers = list(features)[share]
+    gallery = torch.stack(list(features.values()))[share].to(device, torch.float32)    # (G, E)
+    for t, text in enumerate(config.text):
+        ids = torch.tensor([clips.tokenizer.encode(text, clips.max_text_len)], device=device)
+        best = nearest(text_embedding(model, ids), gallery, max(config.rerank, config.top))
+        pairs = in_all_processes([(c, numbers[g]) for c, g in zip(*(x[0].tolist() for x in best))])
+        pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+        pairs, looks = pairs[:max(config.rerank, config.top)], []
+        looked_at = [i for _, i in (pairs if config.out else pairs[:config.rerank])]
+        for items, (clip,) in read(model, clips, replace(config, batch=1), device, unreadable,
+                                   looked_at):
+            matched = float(model.vtm_head(model(clip["video"], ids).pooled).softmax(1)[0, 1])
+            looks.append((int(items["index"][0]), (matched, list(items["video"][0]))))
+        looks, results = dict(in_all_processes(looks)), []
+        for place, (cosine, i) in enumerate(pairs):
+            name, (matched, frames) = place_of(clips.manifest[i]), looks.get(i, (None, []))
+            result = {"text": text, "video": name, "cosine": round(cosine, 4)}
+            if place < config.rerank and i in looks:
+                result["matched"] = round(matched, 4)
+            results.append((t, result, [(f"{cosine:.2f} {name}", frames)]))
+        # those looked at come first, the likest by VTM before others; the rest by cosine
+        results.sort(key=lambda one: ("matched" not in one[1], -one[1].get("matched", 0)))
+        found += results[:config.top]
+    return found
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -884,30 +835,6 @@ def nearest(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
         kept = scores.topk(min(k, scores.shape[1]))
         best = kept.values, numbers.gather(1, kept.indices)
     return best
-
-
-def scale(config: EvalConfig, device: torch.device) -> None:
-    """`--task scale`: Tab. 14 on made-up features of 512 numbers, in float16 on disk."""
-    block = torch.empty(2 ** 27)
-    begin = time.perf_counter()
-    block.sum()
-    bandwidth = block.nbytes / (time.perf_counter() - begin)
-    speed = measure_throughput(Config(), device, 1, config.seconds)
-    print("clips      index MB  ms a query  of it reading  queries/s in 64  joint passes instead")
-    for size in (10_000, 100_000, 1_000_000):
-        with tempfile.NamedTemporaryFile(suffix=".npy") as file:
-            shape = (size, Config.vtc_dim)
-            gallery = np.lib.format.open_memmap(file.name, "w+", np.float16, shape)
-            for part in np.array_split(gallery, 10):
-                part[:] = np.random.default_rng(0).standard_normal(part.shape, np.float32)
-            queries, spent = torch.randn(64, shape[1]), []
-            for batch in (queries[:1], queries[:1], queries):              # the first warms up
-                begin = time.perf_counter()
-                nearest(batch, torch.from_numpy(gallery), 10)
-                spent.append(time.perf_counter() - begin)
-            print(f"{size:<9}  {gallery.nbytes / 1e6:8.0f}  {1000 * spent[1]:10.1f}  "
-                  f"{gallery.nbytes / bandwidth / spent[1]:13.0%}  {64 / spent[2]:15.0f}  "
-                  f"{size / speed / 3600:17.1f} h")
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
@@ -925,9 +852,8 @@ def save_picture(path: Path, rows: list[tuple[str, list[Tensor]]], side: int = 1
     path.parent.mkdir(parents=True, exist_ok=True)
     wide = max([len(frames) for _, frames in rows] + [4])
     sheet = Image.new("RGB", (wide * side, len(rows) * (side + 16)), "white")
-    draw = ImageDraw.Draw(sheet)
     for i, (text, frames) in enumerate(rows):
-        draw.text((2, i * (side + 16) + 2), text, "black")
+        ImageDraw.Draw(sheet).text((2, i * (side + 16) + 2), text, "black")
         for k, frame in enumerate(frames):
             image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((side, side))
             sheet.paste(image, (k * side, i * (side + 16) + 16))
@@ -955,70 +881,44 @@ def save_curves(path: Path, lines: list[dict], names: tuple = (), size=(640, 360
 
 # ---- The report, beside the paper ---------------------------------------------------------------
 
-ABLATIONS = [  # zero-shot, All-in-one-B, Tab. 6 and 8 to 11: on LSMDC, on MSR-VTT
-    "Tab. 6, 200K: scratch 51.4, ImageNet 52.2, 21K 52.5, 800K: scratch 55.5, 21K 55.7; Tab. 8a: "
-    "single frame 32.78, time average 35.16, 3 frames 47.33, channel shift 48.24, flatten 51.40, "
-    "rolling 52.75; Tab. 8b, ratio 0 47.21, 0.1 48.52, 0.25 52.90, 0.5 50.47, 0.75 44.55; Tab. 9: "
-    "timesformer 53.2, decoupled 52.1, rolling 55.7; Tab. 10: none 53.2, SPE 54.5, both 55.7; Tab. "
-    "11a, from 1 56.15, 3 55.34, 6 54.40; Tab. 11b: random 54.88, varying 50.83, block 55.81",
-    "Tab. 8a: single frame 67.22, time average 68.25, 3 frames 72.82, channel shift 73.16, flatten "
-    "73.28, rolling 75.42; Tab. 8b, ratio 0 72.80, 0.1 73.59, 0.25 76.44, 0.5 74.89, 0.75 69.45; "
-    "Tab. 9: timesformer 75.4, decoupled 74.5, rolling 77.3; Tab. 10: none 74.4, SPE 76.1, both "
-    "78.2; Tab. 11a, from 1 76.16, 3 75.16, 6 73.31; Tab. 11b: random 75.03, varying 72.23, block "
-    "76.37"]
 PAPER = {  # by the name that data.py convert gives a data set; R@1/5/10 where it is retrieval
-    "tgif_action": "Tab. 2a: Ti 80.6, S 91.2, B 92.7 (1 frame 92.9, 384 px 94.7), B* 95.5",
-    "tgif_transition": "Tab. 2a: Ti 83.5, S 92.7, B 94.3 (1 frame 94.2, 384 px 95.1), B* 94.7",
-    "tgif_frameqa": "Tab. 2a: Ti 53.9, S 64.0, B 64.2 (1 frame 62.5, 384 px 65.4), B* 66.3",
+    "tgif_action": "Tab. 2a: Ti 80.6, S 91.2, B 92.7, B* 95.5",
+    "tgif_transition": "Tab. 2a: Ti 83.5, S 92.7, B 94.3, B* 94.7",
+    "tgif_frameqa": "Tab. 2a: Ti 53.9, S 64.0, B 64.2, B* 66.3",
     "msrvtt_qa": "Tab. 2b: S 39.5, B 42.9 (3 x 3 44.3), B* 46.8",
     "msvd_qa": "Tab. 2c: S 41.7, B 46.5 (3 x 3 47.9), B* 48.3",
-    "msrvtt_9k": "Tab. 3a, 7, text to video: B 37.1/66.7/75.9 (3 x 3 37.9/68.1/77.1, VTC only "
-                 "36.7/62.6/72.2, VTM only 33.3/67.0/76.9, HowTo100M only 29.5/63.3/71.9); video "
-                 "to text: B 37.5/66.1/77.4 (VTC only 36.4/62.9/71.9, VTM only 34.4/66.3/76.6)",
-    "msrvtt_7k": "Tab. 3a: B 33.8/64.2/74.3 (3 x 3 34.4/65.4/75.8, HowTo100M only 26.5/59.4/69.8)",
+    "msrvtt_9k": "Tab. 3a, 7: B 37.1/66.7/75.9 (3 x 3 37.9/68.1/77.1); to text 37.5/66.1/77.4",
+    "msrvtt_7k": "Tab. 3a: B 33.8/64.2/74.3 (3 x 3 34.4/65.4/75.8)",
     "activitynet": "Tab. 3b: B 21.5/50.3/65.5, median rank 6 (3 x 3 22.4/53.7/67.7, 5)",
-    "didemo": "Tab. 3c, 7, text to video: B 31.2/60.5/72.1, median rank 3 (59.5 for 60.5 in Tab. "
-              "7; 3 x 3 32.7/61.4/73.5, VTC only 29.6/47.3/56.67, VTM only 30.2/57.5/68.7); video "
-              "to text: B 30.4/58.3/69.4 (VTC only 29.6/48.0/57.2, VTM only 27.7/59.6/69.5)",
-    "msrvtt_mc": "Tab. 4a: B 91.4 (3 x 3 92.0), B* 92.3; zero-shot: B 80.3; " + ABLATIONS[1],
-    "lsmdc_mc": "Tab. 4b: B 83.1 (3 x 3 83.5), B* 84.4; zero-shot: B 56.3; " + ABLATIONS[0],
-    "vcr_qa": "Tab. 5: B 60.5 (CC3M + COCO), 68.4 (HowTo100M), 65.2 (HowTo100M, no regions drawn)",
-    "kinetics400": "Tab. 12, top-1/5/10: B 50.8/79.8/90.7 (8 frames 53.4/83.2/92.6, time average "
-                   "44.3/75.2/87.3)",
-    "hmdb51": "Tab. 12, top-1/5/10: B 52.9/84.1/93.4 (8 frames 55.7/88.2/95.2, time average "
-              "43.1/75.5/90.5)",
-    "ego4d_mc": "Tab. 13: B 65.89, zero-shot 36.52 (time average 59.44, zero-shot 27.34)",
-    "webvid": "Tab. 6, VTM / MLM accuracy: B 90.4 / 60.5 after 200K steps from ImageNet-21K (from "
-              "ImageNet 90.5 / 60.3, from scratch 89.8 / 58.7; 800K steps 92.1 / 62.2, from "
-              "scratch 91.5 / 62.3)",
+    "didemo": "Tab. 3c, 7: B 31.2/60.5/72.1, median rank 3; to text 30.4/58.3/69.4",
+    "msrvtt_mc": "Tab. 4a: B 91.4 (3 x 3 92.0), B* 92.3; zero-shot B 80.3",
+    "lsmdc_mc": "Tab. 4b: B 83.1 (3 x 3 83.5), B* 84.4; zero-shot B 56.3",
+    "vcr_qa": "Tab. 5: B 60.5 (CC3M + COCO), 68.4 (HowTo100M), 65.2 (no regions drawn)",
+    "kinetics400": "Tab. 12, top-1/5/10: B 50.8/79.8/90.7 (8 frames 53.4/83.2/92.6)",
+    "hmdb51": "Tab. 12, top-1/5/10: B 52.9/84.1/93.4 (8 frames 55.7/88.2/95.2)",
+    "ego4d_mc": "Tab. 13: B 65.89, zero-shot 36.52",
+    "webvid": "Tab. 6, VTM / MLM accuracy: B 90.4 / 60.5 after 200K steps, 92.1 / 62.2 after 800K",
 }
 
 
-def summarise(predictions: list[dict]) -> dict[str, dict[str, Tensor]]:
-    """{kind: {column: the value of each sample}}; a rank gives two columns, median and mean."""
-    kinds = {}
-    for p in predictions:
-        columns = kinds.setdefault(p["kind"], {})
-        for name, value in p["metrics"].items():
-            for column in (("median rank", "mean rank") if name == "rank" else (name,)):
-                columns.setdefault(column, []).append(value)
-    return {kind: {name: torch.tensor(values, dtype=torch.float64)
-                   for name, values in columns.items()} for kind, columns in kinds.items()}
-
-
-def average(name: str, values: Tensor) -> Tensor:
-    """The mean of a column over its last dimension; of a median rank, the median."""
-    return values.quantile(0.5, -1) if name == "median rank" else values.mean(-1)
-
-
-def interval(name: str, values: Tensor, resamplings: int) -> tuple[float, float]:
-    """95 % of a column's average over resampled samples, always the same ones (bootstrap)."""
-    draw = torch.Generator().manual_seed(0)
-    averages = torch.stack([
-        average(name, values[torch.randint(len(values), (len(values),), generator=draw)])
-        for _ in range(resamplings)])
-    low, high = averages.quantile(torch.tensor([0.025, 0.975], dtype=averages.dtype)).tolist()
-    return low, high
+def summarise(predictions: list[dict], resamplings: int = 0) -> dict[str, dict[str, list[float]]]:
+    """{kind: {column: [average]}}, of resamplings > 0 followed by 95 % of the averages of resampled
+    samples, always the same ones (bootstrap). A rank gives two columns, its median and mean."""
+    table = defaultdict(dict)
+    for kind, name in dict.fromkeys((p["kind"], k) for p in predictions for k in p["metrics"]):
+        values = torch.tensor([p["metrics"][name] for p in predictions if p["kind"] == kind
+                               and name in p["metrics"]], dtype=torch.float64)
+        columns = {name: torch.mean}
+        if name == "rank":
+            columns = {"median rank": lambda v: v.quantile(0.5), "mean rank": torch.mean}
+        for column, average in columns.items():
+            draw = torch.Generator().manual_seed(0)
+            sampled = [average(values[torch.randint(len(values), values.shape, generator=draw)])
+                       for _ in range(resamplings)]
+            ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
+            table[kind][column] = [float(average(values)), *(
+                torch.stack(sampled).quantile(ends).tolist() if sampled else ())]
+    return table
 
 
 def report(result: dict, config: EvalConfig, model: Config, say=print) -> dict[str, float]:
@@ -1026,48 +926,29 @@ def report(result: dict, config: EvalConfig, model: Config, say=print) -> dict[s
 
     A score that lacks samples is called incomplete, and the unreadable ones are named.
     """
-    paths = [Path(path) for path in config.data]
-    orders = [name for name in ("shuffle_frames", "reverse", "repeat_first")
-              if getattr(config, name)]
-    frames = f"{model.frames} frames" + (f" x {config.clips} views" if config.clips > 1 else "")
-    say(f"\n{config.task} on {', '.join(map(str, paths))}; split: "
-        f"{', '.join(path.stem for path in paths)}; {frames}"
-        + (f"; VTM ranks the best {config.rerank}" if config.rerank else "")
-        + "".join(f"; FRAMES CHANGED: {name}" for name in orders))
-    kinds, first = summarise(result["predictions"]), {}
-    header = list(dict.fromkeys(name for columns in kinds.values() for name in columns))
-    wide = 28 if config.bootstrap else 12
-    say(f"{'kind':<16}" + "".join(f"{name:>{max(wide, len(name) + 2)}}" for name in header)
-        + f"{'samples':>9}")
-    for kind, columns in kinds.items():
-        cells = []
-        for name in header:
-            cell = "-"
-            if name in columns:
-                cell = f"{float(average(name, columns[name])):.1f}"
-                if config.bootstrap:
-                    low, high = interval(name, columns[name], config.bootstrap)
-                    cell += f" [{low:.1f}, {high:.1f}]"
-            cells.append(f"{cell:>{max(wide, len(name) + 2)}}")
-        say(f"{kind:<16}" + "".join(cells) + f"{len(columns[header[0]]):>9}")
-        first[kind] = float(average(header[0], columns[header[0]]))
+    say(f"\n{config.task} on {', '.join(map(str, config.data))}; {model.frames} frames"
+        + f" x {config.clips} views" * (config.clips > 1)
+        + f"; VTM ranks the best {config.rerank}" * (config.rerank > 0)
+        + f"; FRAMES CHANGED: {config.order}" * (config.order != "kept"))
+    table = summarise(result["predictions"], config.bootstrap)
+    samples = Counter(p["kind"] for p in result["predictions"])
+    header = list(dict.fromkeys(name for columns in table.values() for name in columns))
+    wide = [max(28 if config.bootstrap else 12, len(name) + 2) for name in header]
+    say(f"{'kind':<16}" + "".join(map(str.rjust, header, wide)) + f"{'samples':>9}")
+    for kind, columns in table.items():
+        shown = "{:.1f} [{:.1f}, {:.1f}]" if config.bootstrap else "{:.1f}"
+        cells = [shown.format(*columns[name]) if name in columns else "-" for name in header]
+        say(f"{kind:<16}" + "".join(map(str.rjust, cells, wide)) + f"{samples[kind]:>9}")
     if result["unreadable"]:
         say(f"INCOMPLETE: {len(result['unreadable'])} of {result['samples']} samples unreadable:")
         for line in result["unreadable"]:
             say(f"  {line}")
-    if numbers := PAPER.get(paths[0].parent.name):
+    if numbers := PAPER.get(Path(config.data[0]).parent.name):
         say(f"paper, {numbers}")
-    return first
+    return {kind: next(iter(columns.values()))[0] for kind, columns in table.items()}
 
 
-def write_predictions(path: Path, predictions: list[dict]) -> None:
-    """One JSON object a sample, for error analysis; written beside and renamed."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(json.dumps(p) + "\n" for p in predictions))
-    beside.replace(path)
-
-
-# ---- What it costs (Tab. 1, Fig. 1c, Fig. 3) -----------------------------------------------------
+# ---- What it costs (Tab. 1, Tab. 14, Fig. 1c, Fig. 3) --------------------------------------------
 
 def count_parameters(model: AllInOne, heads: bool = True) -> int:
     """Parameters, with all objective heads or, as Tab. 1 counts, without MLM's and VTC's."""
@@ -1078,30 +959,28 @@ def count_parameters(model: AllInOne, heads: bool = True) -> int:
 def count_macs(config: Config) -> dict[str, float]:
     """Multiply-adds of one clip, by torch's FlopCounterMode on shapes alone (no weights, no data).
 
-    Returns {"joint", "video", "text", "attention"}: the three passes at full text length, and the
+    Returns {"joint", "attention", "video", "text"}: the three passes at full text length, and the
     part of the joint pass in products of queries, keys and values (what Sec. 3.2 compares).
     """
     with torch.device("meta"):
-        model = AllInOne(config).eval()
-        size = config.image_size
+        model, size = AllInOne(config).eval(), config.image_size
         video = torch.zeros(1, config.frames, 3, size, size, dtype=torch.uint8)
         ids = torch.zeros(1, config.max_text_len, dtype=torch.int64)
-    passes = {"joint": lambda: model(video, ids), "video": lambda: model.encode_video(video),
-              "text": lambda: model.encode_text(ids)}
     macs = {}
-    for name, run in passes.items():
+    for name, run in (("joint", lambda: model(video, ids)),
+                      ("video", lambda: model.encode_video(video)),
+                      ("text", lambda: model.encode_text(ids))):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run()
-        macs[name] = counter.get_total_flops() / 2
-        if name == "joint":
-            by_kind = counter.get_flop_counts()["Global"]
-            macs["attention"] = sum(flops for kind, flops in by_kind.items()
-                                    if "bmm" in str(kind) or "attention" in str(kind)) / 2
+        flops = {str(kind): n for kind, n in counter.get_flop_counts()["Global"].items()}
+        macs[name] = sum(flops.values()) / 2
+        macs.setdefault("attention", sum(n for kind, n in flops.items() if "bmm" in kind
+                                         or "attention" in kind) / 2)      # of the first, joint
     return macs
 
 
 @torch.no_grad()
-def measure_throughput(config: Config, device: torch.device, batch: int, seconds: float) -> float:
+def measure_throughput(config: Config, device: torch.device, batch: int, seconds=3.0) -> float:
     """Clips a second through the joint pass with full-length text, in evaluation mode (Tab. 1)."""
     model, size = AllInOne(config).to(device).eval(), config.image_size
     video = torch.randint(256, (batch, config.frames, 3, size, size), device=device).byte()
@@ -1115,34 +994,50 @@ def measure_throughput(config: Config, device: torch.device, batch: int, seconds
     return clips / (time.perf_counter() - start)
 
 
-TABLE_1 = {"Ti": (12, 745), "S": (33, 285), "B": (110, 89),    # M parameters, videos/s (Tab. 1)
-           "B timesformer": (180.5, "-"), "B decoupled": (192, "-")}                    # (Tab. 9)
-
-
-def profile(config: dict, device: torch.device, batch: int, seconds: float) -> None:
-    """`--task profile`: what each variant costs, beside Tab. 1; then B's rows of Tab. 8a and 9."""
-    base = Config(**config)
-    print(f"Multiply-adds (the paper's FLOPs) of one clip, {base.frames} frames of "
-          f"{base.image_size} px, {base.max_text_len} tokens of text;\nparameters without the MLM "
-          f"and VTC heads, as Tab. 1; joint pass in batches of {batch} on {device.type}, "
-          f"{torch.get_num_threads()} threads.\n")
-    columns = ("params M", "all heads", "joint G", "attention G", "video G", "text G", "clips/s",
-               "paper M", "paper clips/s")
-    print(" " * 16 + "".join(f"{name:>{len(name) + 2}}" for name in columns))
-    rows = VARIANTS | {f"B {name}": VARIANTS["B"] | {"temporal": name}
-                       for name in typing.get_args(Temporal)[1:]}
-    for name, sizes in rows.items():
-        c = Config(**{**config, **sizes})
+def profile(sizes: dict, device: torch.device, batch: int) -> None:
+    """`--task profile`: what each variant costs (Tab. 1), and B with Tab. 8a's and 9's exchange."""
+    print("Multiply-adds (the paper's FLOPs) of one clip; parameters without the MLM and VTC heads "
+          "(Tab. 1:\nTi 12, S 33, B 110; Tab. 9: timesformer 180.5, decoupled 192) and with all; "
+          f"joint passes\nin batches of {batch} on {device.type}, {torch.get_num_threads()} "
+          "threads (Tab. 1: Ti 745, S 285, B 89 clips/s)\n\n" + " " * 16
+          + "params M  all heads  joint G  attention G  video G  text G  clips/s")
+    exchanges = {f"B {name}": {"temporal": name} for name in typing.get_args(Temporal)[1:]}
+    for name, fields in (VARIANTS | exchanges).items():
+        config = Config(**{**sizes, **fields})
         with torch.device("meta"):
-            model = AllInOne(c)
-        speed = measure_throughput(c, device, batch, seconds) if seconds else float("nan")
-        macs = count_macs(c)
-        cells = [count_parameters(model, heads=False) / 1e6, count_parameters(model) / 1e6,
-                 *(macs[kind] / 1e9 for kind in ("joint", "attention", "video", "text")), speed,
-                 *TABLE_1.get(name, ("-", "-"))]
-        print(f"{name:<16}" + "".join(
-            f"{cell if isinstance(cell, (str, int)) else format(cell, '.1f'):>{len(column) + 2}}"
-            for cell, column in zip(cells, columns)))
+            model = AllInOne(config)
+        macs = count_macs(config)
+        print("{:<16}{:8.1f}  {:9.1f}  {:7.1f}  {:11.1f}  {:7.1f}  {:6.1f}  {:7.1f}".format(
+            name, count_parameters(model, heads=False) / 1e6, count_parameters(model) / 1e6,
+            *(macs[kind] / 1e9 for kind in ("joint", "attention", "video", "text")),
+            measure_throughput(config, device, batch)))
+
+
+def scale() -> None:
+    """`--task scale`: Tab. 14 on made-up features of 512 numbers, kept in float16 on disk.
+
+    On CPUs products in float32 are as fast as in float16, and exact: so the index is read once.
+    """
+    block, begin = torch.ones(2 ** 27), time.perf_counter()
+    block.sum()
+    bandwidth = block.nbytes / (time.perf_counter() - begin)
+    speed = measure_throughput(Config(), torch.device("cpu"), 1)
+    print("clips      index MB  s to read  ms a query  of it memory  queries/s in 64  joint passes")
+    for size in (10_000, 100_000, 1_000_000):
+        with tempfile.NamedTemporaryFile() as file:
+            index = np.memmap(file.name, np.float16, "w+", shape=(size, Config.vtc_dim))
+            for part in np.array_split(index, 10):
+                part[:] = np.random.default_rng(0).standard_normal(part.shape, np.float32)
+            spent, queries = [time.perf_counter()], torch.randn(64, Config.vtc_dim)
+            gallery = torch.from_numpy(index).float()
+            spent.append(time.perf_counter())
+            for batch in (queries[:1], queries[:1], queries):              # the first warms up
+                nearest(batch, gallery, 10)
+                spent.append(time.perf_counter())
+            reading, _, query, many = np.diff(spent)
+            print(f"{size:<9}  {index.nbytes / 1e6:8.0f}  {reading:9.1f}  {1000 * query:10.1f}  "
+                  f"{gallery.nbytes / bandwidth / query:12.0%}  {64 / many:15.0f}  "
+                  f"{size / speed / 3600:10.1f} h")
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -1154,75 +1049,67 @@ def main(argv: list[str] | None = None) -> None:
     add_flags(parser.add_argument_group("what to score"), EvalConfig)
     add_flags(parser.add_argument_group("model, over the checkpoint's"), Config)
     given = given_flags(parser, argv)
-    fields = {field.name for field in dataclasses.fields(EvalConfig)}
-    config = EvalConfig(**{k: v for k, v in given.items() if k in fields})
-    sizes = {k: v for k, v in given.items() if k not in fields}
-    if config.task == "profile":
+    sizes = {k: given.pop(k) for k in Config.__dataclass_fields__ if k in given}
+    config = EvalConfig(**given)
+    task, using = config.task, config.task in (*USES, "search")
+    if task == "profile":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return profile(sizes, device, config.batch, config.seconds)
-    if config.task == "scale":
-        return scale(config, torch.device("cpu"))
-    changes = [name for name in ("shuffle_frames", "reverse", "repeat_first")
-               if getattr(config, name)]
-    using = config.task in (*USES, "search")
+        return profile(sizes, device, config.batch)
+    if task == "scale":
+        return scale()
     for wrong, message in (
-            (not config.data and not using, f"--task {config.task} needs --data MANIFEST"),
-            (not config.video and using, f"--task {config.task} needs --video FILE or FOLDER"),
-            (using and config.task != "attention" and not any(config.text),
-             f"--task {config.task} needs --text WORDS"),
-            (len(config.text) > 1 and config.task not in ("match", "search"),
+            (not config.data and not using, f"--task {task} needs --data MANIFEST"),
+            (not config.video and using, f"--task {task} needs --video FILE or FOLDER"),
+            (using and task != "attention" and not any(config.text),
+             f"--task {task} needs --text WORDS"),
+            (len(config.text) > 1 and task not in ("match", "search"),
              "several --text are for --task match and search"),
             (min(config.batch, config.clips) < 1, "--batch and --clips must be 1 or more"),
-            (len(changes) > 1, f"--{' and --'.join(changes)}: one at a time"),
-            (config.rerank and config.task not in ("retrieval", "search"),
+            (config.rerank and task not in ("retrieval", "search"),
              "--rerank is for --task retrieval and search")):
         if wrong:
             parser.error(message)
     with joined_processes() as device:
         say = print if dist.get_rank() == 0 else lambda *_, **__: None
-        if not Path(config.checkpoint).exists():
-            raise ValueError(f"{config.checkpoint}: no such file; give --checkpoint, or make the "
-                             "proof run's in four minutes: python train.py --task pretrain")
-        content = read_weights(config.checkpoint)
-        model, tokenizer, answers = checkpoint_model(content, config.checkpoint, config.vocab, say,
-                                                     **sizes)
+        path = Path(config.checkpoint)
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; give --checkpoint, or make the proof run's in "
+                             "four minutes: python train.py --task pretrain")
+        content = read_weights(path)
+        model, tokenizer, answers = checkpoint_model(content, path, config.vocab, say, **sizes)
         trained = content.get("config", {})
         config = replace(config, squash=config.squash or trained.get("squash", False))
-        needed = {"qa": "qa", "ask": "qa", "probe": "probe"}.get(config.task, trained.get("task"))
+        needed = {"qa": "qa", "ask": "qa", "probe": "probe"}.get(task, trained.get("task"))
         if trained.get("task") != needed:
-            raise ValueError(
-                f"{config.checkpoint} was trained for {trained.get('task', 'another task')}: "
-                f"fine-tune it with train.py --task {needed} --init {config.checkpoint}")
+            raise ValueError(f"{path} was trained for {trained.get('task', 'another task')}: "
+                             f"fine-tune it with train.py --task {needed} --init {path}")
         # of the authors' files those that were fine-tuned for retrieval have projections
         vtc = "vtc" in trained.get("objectives", ()) or any(
             "txt_proj" in name for name in content.get("state_dict", ()))
-        by_vtm = config.task == "retrieval" and config.rerank
-        if config.task in ("retrieval", "search") and not vtc and not by_vtm:
-            raise ValueError(f"{config.checkpoint} was not trained with VTC, its cosines mean "
-                             "nothing: fine-tune it (train.py --task retrieval), or score a "
-                             "manifest with --task retrieval --rerank CANDIDATES by VTM")
+        if not vtc and (task == "search" or task == "retrieval" and not config.rerank):
+            raise ValueError(f"{path} was not trained with VTC, its cosines mean nothing: "
+                             "fine-tune it (train.py --task retrieval), or score a manifest with "
+                             "--task retrieval --rerank CANDIDATES by VTM")
         if not 0 <= config.block <= model.config.depth:
             raise ValueError(f"--block {config.block}: the model has blocks 1 to "
                              f"{model.config.depth}")
-        for name in filter(None, (config.json, config.index)):
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
+        saved = config.json
         if using:
-            found = (search if config.task == "search" else use)(model, tokenizer, config, answers,
-                                                                 device, say)
-            if config.json:
-                Path(config.json).write_text("".join(json.dumps(one) + "\n" for one in found))
-            return
-        result = evaluate(model, tokenizer, config, device, answers)
-        report(result, config, model.config, say)
-        if dist.get_rank() == 0:
-            data = Path(config.data[0])
-            how = [config.task, data.parent.name, data.stem, *changes]
-            how += [f"{name}{value}" for name, value, plain in (
-                ("clips", config.clips, 1), ("rerank", config.rerank, 0)) if value != plain]
-            path = Path(config.predictions or
-                        Path(config.checkpoint).parent / f"{'-'.join(how)}.predictions.jsonl")
-            write_predictions(path, result["predictions"])
-            say(f"per-sample predictions: {path}")
+            results = use(model, tokenizer, config, answers, device, say)
+        else:
+            result = evaluate(model, tokenizer, config, device, answers)
+            report(result, config, model.config, say)
+            results, data = result["predictions"], Path(config.data[0])
+            how = [config.order] * (config.order != "kept")
+            how += [f"clips{config.clips}"] * (config.clips > 1)
+            how += [f"rerank{config.rerank}"] * (config.rerank > 0)
+            name = "-".join([task, data.parent.name, data.stem, *how]) + ".predictions.jsonl"
+            saved = saved or path.parent / name
+            say(f"per-sample predictions: {saved}")
+        if saved and dist.get_rank() == 0:
+            Path(saved).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(saved) as file:
+                file.write("".join(json.dumps(one) + "\n" for one in results).encode())
 
 
 if __name__ == "__main__":

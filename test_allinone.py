@@ -1904,24 +1904,20 @@ def table(out) -> list[str]:
 
 
 def predicted(task, manifest, checkpoint, saved, *flags) -> list[dict]:
-    """What `eval.py --predictions` writes into the file `saved`."""
-    evaluate(task, manifest, checkpoint, "--predictions", saved, *flags)
+    """What `eval.py --json` writes into the file `saved`."""
+    evaluate(task, manifest, checkpoint, "--json", saved, *flags)
     return [json.loads(line) for line in saved.read_text().splitlines()]
 
 
 def test_ranks_count_ties_and_several_captions_of_a_clip():  # Tab. 3, Tab. 7
     scores = torch.tensor([[.9, .1, .1], [.5, .5, .2], [.3, .3, .3], [.1, .2, .8]])
-    owner = torch.tensor([0, 1, 1, 2])                 # the clip of each caption: clip 1 has two
-    own = owner[:, None] == torch.arange(3)
-    above, wrong, right = (n.tolist() for n in eval.places(scores, own))       # text to video
-    assert (above, wrong, right) == ([0, 0, 0, 0], [0, 1, 2, 0], [1, 1, 1, 1])
-    above, wrong, right = (n.tolist() for n in eval.places(scores.T, own.T))       # video to text
-    assert (above, wrong, right) == ([0, 0, 0], [0, 0, 0], [1, 1, 1])
-    scores[3, 0] = 0.95                                # a wrong caption now beats clip 0's own
-    assert eval.places(scores.T, own.T)[0].tolist() == [1, 0, 0]
-    above, wrong, right = (n.tolist() for n in eval.places(torch.zeros(3, 4), own.T))
-    assert (wrong, right) == ([3, 2, 3], [1, 2, 1])    # who says nothing is right by chance
-    assert [eval.recall(1, *n) for n in zip(above, wrong, right)] == pytest.approx([1/4, 2/4, 1/4])
+    own = torch.tensor([0, 1, 1, 2])[:, None] == torch.arange(3)     # clip 1 has two captions
+    for scored, of, counts in (                                      # above, wrong, right
+            (scores, own, ([0, 0, 0, 0], [0, 1, 2, 0], [1, 1, 1, 1])),             # text to video
+            (scores.T, own.T, ([0, 0, 0], [0, 0, 0], [1, 1, 1])),                  # video to text
+            (torch.tensor([[.9, .1, .2, .95]]), own.T[:1], ([1], [0], [1])),       # a wrong one
+            (torch.zeros(3, 4), own.T, ([0, 0, 0], [3, 2, 3], [1, 2, 1]))):        # by chance
+        assert tuple(n.tolist() for n in eval.places(scored, of)) == counts
 
 
 @pytest.mark.parametrize("above, wrong, right", [(0, 3, 1), (2, 3, 2), (1, 0, 1), (0, 4, 3)])
@@ -1934,27 +1930,26 @@ def test_ties_count_what_a_random_order_of_them_would_give(above, wrong, right):
 
 
 def test_tied_options_and_unknown_answers_are_not_counted_as_right():
-    assert [eval.top(torch.zeros(5), 0, k) for k in (1, 5)] == pytest.approx([0.2, 1])
-    items = {"label": torch.tensor([-1, 2]), "index": torch.arange(2), "where": ["a:1", "a:2"],
-             "kind": [None, None]}
+    tied = eval.predict("choice", torch.tensor([0., 0, 0, -torch.inf]), 0, None)
+    assert tied["metrics"] == pytest.approx({"accuracy %": 100 / 3, "chance %": 100 / 3})
     scores, answers = torch.tensor([0., 1, 5, 2, 3, 4]), list("abcdef")
-    unknown, known = (eval.predict("qa", items, i, scores, answers) for i in range(2))
-    assert unknown["metrics"] == {"accuracy %": 0}     # the release leaves such questions out
-    assert known["metrics"] == {"accuracy %": 100, "in vocabulary %": 100}
-    probed = eval.predict("probe", items | {"label": torch.tensor([3, 0])}, 0, scores, answers)
-    assert probed["metrics"] == {"top-1 %": 0, "top-5 %": 100, "top-10 %": 100}
-    assert probed["answers"] == ["c", "f", "e", "d", "b"]
+    for task, label, metrics in (
+            ("qa", -1, {"accuracy %": 0}),             # the release leaves such questions out
+            ("qa", 2, {"accuracy %": 100, "in vocabulary %": 100}),
+            ("probe", -1, {"top-1 %": 0, "top-5 %": 0, "top-10 %": 0}),
+            ("probe", 3, {"top-1 %": 0, "top-5 %": 100, "top-10 %": 100})):
+        found = eval.predict(task, scores, label, answers)
+        assert found == {"answers": ["c", "f", "e", "d", "b"], "metrics": metrics}
     asked = [{"kind": "who", "label": label, "metrics": {}} for label in (3, 1, 1, -1)]
     eval.add_majority(asked)                           # what the commonest answer would score
     assert [p["metrics"]["majority %"] for p in asked] == [0, 100, 100, 0]
 
 
 def test_a_column_of_ranks_gives_its_median_and_mean_with_a_repeatable_interval():
-    columns = eval.summarise([{"kind": "t", "metrics": {"rank": r}} for r in [1, 1, 2, 9]])["t"]
-    assert [float(eval.average(k, v)) for k, v in columns.items()] == [1.5, 3.25]
-    low, high = eval.interval("mean rank", columns["mean rank"], 200)
-    assert 1 <= low < 3.25 < high <= 9
-    assert (low, high) == eval.interval("mean rank", columns["mean rank"], 200)
+    ranks = [{"kind": "t", "metrics": {"rank": r}} for r in [1, 1, 2, 9]]
+    assert eval.summarise(ranks) == {"t": {"median rank": [1.5], "mean rank": [3.25]}}
+    mean, low, high = eval.summarise(ranks, 200)["t"]["mean rank"]
+    assert 1 <= low < mean < high <= 9 and eval.summarise(ranks, 200) == eval.summarise(ranks, 200)
 
 
 @pytest.mark.parametrize("task, change, message", [
@@ -1986,11 +1981,11 @@ def strong(whole_run, tmp_path_factory) -> Path:
     return path
 
 
-def opened(path, manifest, task, **options):
+def opened(path, manifest, task, **fields):
     """(model of a checkpoint, samples of a manifest as it reads them)."""
     content = torch.load(path, weights_only=True)
-    model, tokenizer, _ = eval.checkpoint_model(content, path, say=lambda _: None)
-    return model.eval(), Clips(Manifest(manifest), tokenizer, task, 3, 32, 40, False, **options)
+    model, tokenizer, _ = eval.checkpoint_model(content, path, say=lambda _: None, **fields)
+    return model.eval(), Clips(Manifest(manifest), tokenizer, task, 3, 32, 40, False)
 
 
 @pytest.mark.parametrize("flags", [[], ["--rerank", 2], ["--rerank", 99, "--clips", 3],
@@ -2014,29 +2009,34 @@ def test_retrieval_does_not_depend_on_the_order_batching_or_blocks_of_samples(
         assert table(there) == table(evaluate("retrieval", manifest, strong, "--rerank", 1))
 
 
-@pytest.mark.parametrize("task, flags, rows", [
-    ("retrieval", ["--rerank", 3, "--batch", 3], 21), ("choice", ["--batch", 3], 7),
-    ("pretrain", [], 0)])
-def test_two_processes_score_exactly_what_one_scores(task, flags, rows, clips, strong, tmp_path):
-    name = "train" if task == "pretrain" else task
+@pytest.mark.parametrize("task, flags", [
+    ("retrieval", ["--rerank", 3, "--batch", 3]), ("choice", ["--batch", 3]), ("pretrain", []),
+    ("explain", ["--text", "white [MASK] while red"]), ("attention", []),
+    ("search", ["--text", "white ring", "a square", "--rerank", 2, "--top", 4])])
+def test_two_processes_find_exactly_what_one_finds(task, flags, clips, strong, tmp_path):
+    scored = task in ("retrieval", "choice", "pretrain")
+    name = task if task in ("retrieval", "choice") else "train"
     lines = (clips / f"{name}.jsonl").read_text().replace('"video": "', f'"video": "{clips}/')
     lines = lines.splitlines(True)[:21 if task == "pretrain" else 7]
-    (tmp_path / "m.jsonl").write_text("".join([*lines, lines[0].replace("0.mp4", "absent.mp4")]))
-    one = evaluate(task, tmp_path / "m.jsonl", strong, *flags, "--predictions",
-                   tmp_path / "one.jsonl")
-    code, two = Started(
-        tmp_path / "out.txt", "--task", task, "--data", tmp_path / "m.jsonl", "--checkpoint",
-        strong, "--workers", 0, *flags, "--predictions", tmp_path / "two.jsonl", processes=2,
-        script=eval).wait()
+    (tmp_path / "m.jsonl").write_text("".join([lines[0].replace("0.mp4", "absent.mp4"), *lines]))
+    flags = ["--task", task, "--checkpoint", strong, "--workers", 0, *flags,
+             "--data" if scored else "--video", tmp_path / "m.jsonl"]
+    one = run(eval, *flags, "--json", tmp_path / "1.jsonl", "--out", tmp_path / "1")
+    code, two = Started(tmp_path / "out.txt", *flags, "--json", tmp_path / "2.jsonl", "--out",
+                        tmp_path / "2", processes=2, script=eval).wait()
     assert code == 0, two                                        # two does not divide the clips
-    assert table(one) == table(two) and two.count("INCOMPLETE: 1 of ") == 1
-    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
-    predictions = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
-    kinds = collections.Counter(p["kind"] for p in predictions)
-    assert kinds["VTM"] == 21 and kinds["MLM"] > 9 if task == "pretrain" else (
-        len(predictions) == rows)
-    assert task == "retrieval" or [p["index"] for p in predictions] == sorted(
-        p["index"] for p in predictions)
+    assert table(one) == table(two) and two.count("absent.mp4") == 1
+    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+    found = [json.loads(line) for line in (tmp_path / "1.jsonl").read_text().splitlines()]
+    pictures = [{p.name: p.read_bytes() for p in (tmp_path / number).glob("*")} for number in "12"]
+    kinds = collections.Counter(p.get("kind") for p in found)
+    assert (kinds["MLM"] > 9 and kinds["VTM"] == 21 if task == "pretrain" else
+            len(found) == {"retrieval": 21, "search": 8}.get(task, 7))
+    assert pictures[0] == pictures[1] and sum("matched" in one for one in found) == (
+        4 if task == "search" else 0)                            # the best two of each text
+    assert len(pictures[0]) == {"explain": 7, "attention": 8, "search": 2}.get(task, 0)
+    assert task == "retrieval" or not scored or [p["index"] for p in found] == sorted(
+        p["index"] for p in found)
 
 
 def test_candidates_are_scored_by_the_matched_logit_of_each_alone():  # Sec. 4.2.1, 4.2.3
@@ -2060,11 +2060,11 @@ def test_candidates_are_scored_by_the_matched_logit_of_each_alone():  # Sec. 4.2
 
 
 def test_three_views_of_a_clip_are_averaged(clips, strong, tmp_path):  # 3 x 3 of Tab. 2 to 4
-    manifest, differ = clips / "choice.jsonl", 0
-    predictions = predicted("choice", manifest, strong, tmp_path / "p.jsonl", "--clips", "3")
-    model, samples = opened(strong, manifest, "choice", views=3)
+    predictions = predicted("choice", clips / "choice.jsonl", strong, tmp_path / "p", "--clips", 3)
+    model, samples = opened(strong, clips / "choice.jsonl", "choice")
+    samples.views, differ = 3, 0
     for i in range(24):
-        batch = data.collate([samples[i, i]], samples)
+        batch = collate([samples[i, i]], samples)
         with torch.no_grad():
             views = torch.cat([eval.score_options(model, batch | {"video": view})
                                for view in batch["video"].unbind(1)])
@@ -2122,10 +2122,8 @@ def test_the_choice_head_starts_as_the_pretrained_vtm_head(clips, whole_run, tmp
     out = fine_tune("choice", questions, tmp_path / "run", whole_run, "--val", questions, "--lr", 0)
     (tuned, _), (pretrained, _) = finished(tmp_path / "run"), finished(whole_run)
     assert equal(tuned["model"]["vtm_head.weight"], pretrained["model"]["vtm_head.weight"])
-    scored = [evaluate("choice", questions, whole_run / "checkpoint.pt") for _ in range(2)]
-    assert scored[0] == scored[1]                                            # twice the same number
-    row = re.search(r"order +\d+\.\d +50\.0 +24", scored[0])[0]
-    assert row in out and "choice_accuracy" in out
+    scored = evaluate("choice", questions, whole_run / "checkpoint.pt")
+    assert re.search(r"order +\d+\.\d +50\.0 +24", scored)[0] in out and "choice_accuracy" in out
 
 
 def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, whole_run, tmp_path):
@@ -2156,6 +2154,37 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
     assert probe() == 7
 
 
+def test_a_killed_extraction_goes_on_and_several_manifests_keep_their_numbers(
+        clips, strong, tmp_path, monkeypatch, alone):
+    model, samples = opened(strong, [clips / "qa.jsonl", clips / "choice.jsonl"], "probe")
+    samples.labels, cls = {samples.manifest[2]["answer"]: 5}, eval.video_cls
+    seen, deadly = [], [9]
+
+    def video_cls(model, view):
+        seen.extend(view["index"].tolist())
+        assert not set(deadly) & set(seen), "killed"
+        return cls(model, view)
+
+    def extract():
+        return eval.cls_features(model, samples, tmp_path / "features.pt", train.TrainConfig(
+            workers=0, batch_per_gpu=2), torch.device("cpu"), lambda *_, **__: None)
+
+    monkeypatch.setattr(eval, "CHUNK", 4)
+    monkeypatch.setattr(eval, "video_cls", video_cls)
+    with pytest.raises(AssertionError, match="killed"):
+        extract()                                      # in the third chunk
+    seen.clear(), deadly.clear()
+    found, lost = extract()
+    assert not lost and sorted(seen) == list(range(14, 31))
+    assert [one["set"] for one in found] == [0] * 7 + [1] * 24
+    for i, one in enumerate(found):
+        item = samples[i, i]
+        with torch.no_grad():
+            feature = model.encode_video(item["video"][None])[0, 0]
+        assert torch.allclose(one["feature"], feature, atol=1e-4)
+        assert (one["label"], one["where"]) == (item["label"], item["where"])
+
+
 def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run, tmp_path):
     out = tmp_path / "run"                                                         # Sec. 4.2.1
     fine_tune("qa", clips / "qa.jsonl", out, whole_run, "--val_every", 1, "--steps", 12,
@@ -2176,7 +2205,9 @@ def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run,
     printed = evaluate("qa", clips / "qa.jsonl", out / "best.pt", "--clips", "3")
     assert "3 frames x 3 views" in printed and "in vocabulary %" in printed
     saved = out / f"qa-{clips.name}-qa-clips3.predictions.jsonl"
-    assert len(saved.read_text().splitlines()) == 7
+    asked = [json.loads(line) for line in (clips / "qa.jsonl").read_text().splitlines()]
+    assert [json.loads(line)["label"] for line in saved.read_text().splitlines()] == [
+        answers.index(line["answer"]) for line in asked]
     err = evaluate("probe", clips / "qa.jsonl", out / "best.pt", code=1)
     assert "fine-tune it with train.py --task probe" in err
     err = fine_tune("qa", clips / "train.jsonl", tmp_path / "none", whole_run, code=1)
@@ -2214,31 +2245,25 @@ def test_a_probe_names_the_clips_it_lacks_and_stops_above_1_in_10(clips, whole_r
     assert "1 of 8 clips cannot be read" in err
 
 
-def test_frames_can_be_shuffled_reversed_or_repeated_to_see_what_needs_order():
-    video = torch.arange(32).view(2, 2, 8, 1, 1, 1)                      # B, views, S, 3, H, W
-    index = torch.tensor([4, 9])
-    changed = {name: eval.reorder(video, eval.EvalConfig(**{name: True}), index).flatten(3)[..., 0]
-               for name in ("reverse", "repeat_first", "shuffle_frames")}
-    assert changed["reverse"][1, 0].tolist() == list(range(23, 15, -1))
-    assert changed["repeat_first"][1, 0].tolist() == [16] * 8
-    one, other = changed["shuffle_frames"][0, 0], changed["shuffle_frames"][1, 0] - 16
-    assert sorted(one.tolist()) == sorted(other.tolist()) == list(range(8))
-    assert not torch.equal(one, other)                 # each clip by its number, in any batch
-    alone = eval.reorder(video[1:], eval.EvalConfig(shuffle_frames=True), index[1:])
-    assert torch.equal(alone.flatten(3)[..., 0], changed["shuffle_frames"][1:])
-
-
-def test_vcrs_q_to_ar_needs_both_answers_right(clips, whole_run, tmp_path):  # Sec. 4.2.4
-    lines = (clips / "choice.jsonl").read_text().replace('"video": "', f'"video": "{clips}/')
-    lines = "".join(line for line in lines.splitlines(True) if " turns " in line)
-    both = tmp_path / "qa.jsonl", tmp_path / "qar.jsonl"
-    both[0].write_text(lines)
-    both[1].write_text(lines.replace('"answer": 0', '"answer": 1'))
-    flags = ("--task", "choice", "--checkpoint", whole_run / "checkpoint.pt", "--workers", "0",
-             "--data", *both, "--together")
-    assert re.search(r"together +0\.0 +25\.0", run(eval, *flags))   # right in one, wrong in one
-    both[1].write_text("".join(lines.splitlines(True)[:5]))
-    assert "differ in length" in run(eval, *flags, code=1)
+def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(clips, whole_run):
+    video, index = torch.arange(32).view(2, 2, 8, 1, 1, 1), torch.tensor([4, 9])  # B, views, S, ...
+    kept, turned, first, shuffled = (
+        eval.reorder(video, order, index).flatten(2) for order in
+        ("kept", "reversed", "first", "shuffled"))
+    assert equal([kept, turned], [video.flatten(2), video.flatten(2).flip(2)])
+    assert equal(first, kept[:, :, :1].expand(-1, -1, 8)) and not equal(shuffled, kept)
+    assert equal(shuffled.sort(2).values, kept)
+    assert not equal(shuffled[0, 0], shuffled[1, 0] - 16)        # each clip by its number,
+    alone = eval.reorder(video[1:], "shuffled", index[1:])       # in any batch
+    assert equal(alone.flatten(2), shuffled[1:])
+    evaluate("choice", clips / "choice.jsonl", whole_run / "checkpoint.pt")
+    printed = evaluate("choice", clips / "choice.jsonl", whole_run / "checkpoint.pt",
+                       "--order", "reversed", "--bootstrap", 20)
+    assert "FRAMES CHANGED: reversed" in printed
+    assert re.search(r"order +\d+\.\d \[\d+\.\d, \d+\.\d\] +50\.0 \[50\.0, 50\.0\] +24", printed)
+    reversed_, kept = (json.loads((whole_run / f"choice-{clips.name}-choice{name}.predictions.jsonl"
+                                   ).read_text().splitlines()[0]) for name in ("-reversed", ""))
+    assert reversed_["where"] == kept["where"] and reversed_["scores"] != kept["scores"]
 
 
 def test_the_papers_numbers_stand_in_the_readme_too():
@@ -2250,16 +2275,16 @@ def test_the_papers_numbers_stand_in_the_readme_too():
 
 # ---- On any video (Sec. 4.6, Fig. 4, 6, 11; Tab. 14) ---------------------------------------------
 
-def used(task, clips, checkpoint, *flags) -> list[dict]:
-    """What eval.py --task fill, match, ... prints of the folder's first two clips, as objects."""
-    out = run(eval, "--task", task, "--video", clips / "0.mp4", clips / "1.mp4",
-              "--checkpoint", checkpoint, "--workers", "0", *flags)
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+def used(task, clips, checkpoint, saved, *flags) -> list[dict]:
+    """What eval.py --task fill, match, ... finds in the folder's first two clips."""
+    run(eval, "--task", task, "--video", clips / "0.mp4", clips / "1.mp4", "--checkpoint",
+        checkpoint, "--workers", "0", "--json", saved, *flags)
+    return [json.loads(line) for line in saved.read_text().splitlines()]
 
 
 def test_fill_and_match_give_the_models_own_chances_for_each_video(clips, strong, tmp_path):
     texts = ["[MASK] square while red turns [MASK]", "white ring while red turns green"]
-    manifest = tmp_path / "m.jsonl"
+    manifest, saved = tmp_path / "m.jsonl", tmp_path / "found.jsonl"
     manifest.write_text(json.dumps({"video": str(clips / "1.mp4"), "texts": texts}))
     model, samples = opened(strong, manifest, "retrieval")
     tokenizer = samples.tokenizer
@@ -2272,12 +2297,12 @@ def test_fill_and_match_give_the_models_own_chances_for_each_video(clips, strong
         blind = model.mlm_head(model.encode_text(ids[:1], mask[:1])[0, masks]).softmax(-1).max(-1)
         matched = model.vtm_head(features.pooled)
     for flags, best in (((), seen), (("--blind",), blind)):
-        filled = used("fill", clips, strong, "--text", texts[0], *flags)[1]["masks"]
+        filled = used("fill", clips, strong, saved, "--text", texts[0], *flags)[1]["masks"]
         assert len(filled) == 2 and all(len(row) == 5 for row in filled)
         for (word, p), value, number in zip((row[0] for row in filled), *best):
             assert word == tokenizer.words.id_to_token(int(number)) and abs(p - value) < 1e-3
-    captions = used("match", clips, strong, "--text", *texts, "--out", tmp_path)[1]["captions"]
-    assert [c[0] for c in captions] == texts and (tmp_path / "match-2.png").exists()
+    captions = used("match", clips, strong, saved, "--text", *texts)[1]["captions"]
+    assert [c[0] for c in captions] == texts
     among, alone = matched[:, 1].softmax(0), matched.softmax(1)[:, 1]
     assert np.allclose([c[1:] for c in captions], torch.stack([among, alone], 1), atol=1e-3)
 
@@ -2291,22 +2316,40 @@ def test_patches_are_put_back_to_the_frame_that_they_were_rolled_from():       #
     assert (eval.origins(build(temporal="time_average"), 3, 2) == torch.arange(3)[:, None]).all()
 
 
-def test_explain_and_attention_share_out_a_whole(clips, strong, tmp_path):     # Fig. 4, 6, 11
+@pytest.mark.parametrize("temporal", ["token_rolling", "flatten"])             # Fig. 4, 6, 11
+def test_explain_and_attention_share_out_a_whole(temporal, clips, strong, tmp_path):
+    flags = ["--text", "white [MASK] while red", "--temporal", temporal, "--out", tmp_path]
     for block in ("0", "2"):
-        used("explain", clips, strong, "--text", "white [MASK] while red", "--block", block,
-             "--out", tmp_path)
-        first = json.loads((tmp_path / "explain-1.json").read_text())
+        first = used("explain", clips, strong, tmp_path / "f", "--block", block, *flags)[0]
         assert first["words"][::2] == ["white", "while"] and "[MASK]" not in first["words"]
         maps = torch.tensor(first["maps"])
         assert maps.shape == (4, 3, 2, 2) and torch.allclose(maps.sum((1, 2, 3)), torch.ones(4))
         with Image.open(tmp_path / "explain-1.png") as picture:
             assert picture.size == (4 * 112, 4 * 128)              # a row of frames for each word
-    with torch.no_grad():
-        blocks = eval.attention(build(), None, {"video": clip(), "text_ids": words(), "text_mask":
-                                                torch.ones(1, 8, dtype=torch.bool)}, None)
-    for row in blocks["blocks"]:
+    model, samples = opened(strong, clips / "train.jsonl", "pretrain", temporal=temporal)
+    video, ids = samples[0, 0]["video"][None], torch.tensor([samples.encode(
+        " ".join(first["words"]))])
+    before, _ = rows_of_block(model, 1, video, ids)
+    spent = model.blocks[1].attn.weights(model.blocks[1].norm1(before))[:, 1:5].detach()
+    spent = spent[:, :, 6:].reshape(-1, 4, 3 if temporal == "flatten" else 1, 5)[..., 1:]
+    expected = spent.transpose(1, 2).flatten(0, 1).transpose(0, 1)             # words, S, patches
+    if temporal == "token_rolling":                                # two rolls of 1 of 4 patches
+        expected[:, :, 0] = expected[:, :, 0].roll(-2, 1)
+    expected = expected / expected.sum((1, 2), keepdim=True)
+    assert torch.allclose(maps.flatten(2), expected, atol=1e-4)
+    for row in used("attention", clips, strong, tmp_path / "f", *flags)[0]["blocks"]:
         assert sum(row[name] for name in ("text", "cls", "own", "rolled")) == pytest.approx(1)
-    assert [row["rolled"] > 0 for row in blocks["blocks"]] == [True, True, False]   # 3 of 3 frames
+        assert (row["rolled"] > 0) == (temporal == "token_rolling")
+
+
+def test_windows_are_cut_between_the_start_and_end_of_a_line(tmp_path):
+    spans = [{}, {"start": 0.5, "end": 1.75}, {"start": 0.25, "end": 0.75}, {"start": 1.25}]
+    video = film(tmp_path / "a.mp4", n=60, rate=30)                # two seconds
+    (tmp_path / "m.jsonl").write_text(jsonl(*({"video": str(video)} | span for span in spans)))
+    cut = Manifest(eval.video_manifest(eval.EvalConfig(
+        video=(str(tmp_path / "m.jsonl"),), window=1.0)))
+    assert [(line.get("start"), line.get("end")) for line in cut] == [
+        (0, 1), (1, 2), (0.5, 1.5), (1.5, 1.75), (0.25, 0.75), (1.25, None)]
 
 
 def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips, strong, tmp_path):
@@ -2318,18 +2361,23 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
         out = run(eval, "--task", "search", "--video", tmp_path, "--text", "white ring",
                   "a square", "--checkpoint", strong, "--workers", "0", *flags)
         assert "left out" in out and "broken.mp4" in out
-        return ([line for line in out.splitlines() if line.startswith("{")],
+        return ([json.loads(line) for line in out.splitlines() if line.startswith("{")],
                 re.findall(r"features of (\d+) clips;", out))
 
     index = ("--index", tmp_path / "clips.idx")
     fresh, stored, again = search(), search(*index), search(*index)
     assert fresh[0] == stored[0] == again[0] and len(fresh[0]) == 8
     assert (stored[1], again[1]) == (["4"], ["0"])
+    assert torch.load(tmp_path / "clips.idx")["features"].dtype == torch.float16
     shutil.copy(clips / "9.mp4", tmp_path / "2.mp4")               # other bytes, the same name
     changed = search(*index)
     assert changed[1] == ["1"] and changed[0] == search()[0] != fresh[0]
-    (tmp_path / "clips.idx").write_bytes(b"damaged")               # no more than a cache
-    assert search(*index)[0] == changed[0]
+    by_cosine = changed[0][:4]
+    reranked = search("--rerank", "2", *index)[0][:4]              # the best two, and they alone
+    assert ["matched" in one for one in reranked] == [True, True, False, False]
+    assert sorted(one["cosine"] for one in reranked[:2]) == [
+        one["cosine"] for one in by_cosine[1::-1]] and reranked[2:] == by_cosine[2:]
+    assert reranked[0]["matched"] >= reranked[1]["matched"]
     assert len(search("--rerank", "3", "--window", "1")[0]) == 10
 
 
