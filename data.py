@@ -75,12 +75,11 @@ HEADER = 4                     # int64 before the first line's offset: version, 
 
 
 class Manifest:
-    """One or several manifests as a sequence of dicts, read through an index of their lines.
-    paths: a path or a list of them (concatenated). columns: ("video=clip_name", "text=en"), for
-    tables whose columns have other names. `m[i]` is line i as a dict, with "video" made absolute
-    and "where" = "file:line" added. A sample is two small reads, and nothing stays open or in
-    memory: workers share nothing, and 136 M lines are 1.1 GB of index on disk. DataError names
-    file:line of a line that is blank, not JSON, or whose fields are not as FIELDS."""
+    """One or several manifests (`paths`) as a sequence of dicts, read through an index of lines.
+    columns: ("video=clip_name", "text=en"), for tables whose columns have other names. `m[i]` is
+    line i, with "video" made absolute and "where" = "file:line" added. A sample is two small reads,
+    and nothing stays open or in memory: workers share nothing, and 136 M lines are 1.1 GB of index
+    on disk. DataError names file:line of a line that is not JSON or not as FIELDS."""
 
     def __init__(self, paths, columns=()):
         self.names = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
@@ -119,19 +118,18 @@ class Manifest:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of a manifest of {len(self)}")
         which, line = self.locate(i)
-        path, where = self.paths[which], f"{self.names[which]}:{line + 1}"
         begin = np.fromfile(self.indices[which], np.int64, 1, offset=8 * (HEADER + line))[0]
-        with open(path, "rb") as file:
+        with open(self.paths[which], "rb") as file:
             file.seek(begin)
             text = file.readline()
+        where = f"{self.names[which]}:{line + 1}"
         try:
-            sample = checked(json.loads(text), where)
+            sample = {"where": where} | checked(json.loads(text), where)
         except json.JSONDecodeError as error:
             shown = text[:60].decode(errors="replace").strip()
             raise DataError(f"{where}: not JSON ({error}): {shown!r}; expected an object such as "
                             '{"video": "a.mp4", "text": "a dog runs"}') from None
-        video = path.absolute().parent / need(sample, where, "video")
-        return sample | {"video": str(video), "where": sample.get("where", where)}
+        return sample | {"video": str(self.paths[which].absolute().parent / need(sample, "video"))}
 
 
 def checked(sample, where):
@@ -146,15 +144,16 @@ def checked(sample, where):
     return sample
 
 
-def need(sample, where, field):
+def need(sample, field):
     """The field of a sample; DataError that names the key which was probably meant for it."""
     if sample.get(field):
         return sample[field]
-    keys = [key for key in sample if key not in FIELDS]
+    keys = [key for key in sample if key not in (*FIELDS, "where")]
     meant = [key for key in keys if key.lower() in ALSO_CALLED.get(field, ())]
     meant += difflib.get_close_matches(field, keys)
     hint = f'; rename "{meant[0]}" to "{field}"' if meant else ""
-    raise DataError(f'{where}: lacks "{field}"{hint}; its keys are {", ".join(sample)} '
+    there = ", ".join(key for key in sample if key != "where")
+    raise DataError(f'{sample["where"]}: lacks "{field}"{hint}; its keys are {there} '
                     f"(of a table, --columns {field}=NAME tells which is meant)")
 
 
@@ -222,7 +221,7 @@ def json_lines(path, columns=()):
 def own_samples(path, columns=()):
     """Samples of a person's own table or folder, with absolute paths and "where" = "file:line".
     A column is named as its field, as `columns` says or as in ALSO_CALLED; others are not read.
-    Numbers and lists are as Python writes them: 1.5, ["a", "b"]. DataError names file:line."""
+    Numbers and lists are as Python writes them: 1.5, ['a', 'b']. DataError if not as FIELDS."""
     said = dict(column.lower().split("=", 1) for column in columns)
     for where, row in own_rows(path):
         cells = {str(key).lower(): value for key, value in row.items() if value not in (None, "")}
@@ -231,12 +230,12 @@ def own_samples(path, columns=()):
             names = said.get(field), field, *ALSO_CALLED.get(field, ())
             value = tidy(next((cells[name] for name in names if name in cells), None))
             if isinstance(value, str) and "str" not in kinds:
-                with suppress(ValueError, SyntaxError):             # else `checked` complains
+                with suppress(ValueError, SyntaxError):             # `checked` tells what it is
                     value = ast.literal_eval(value)
             sample[field] = value
-        need(cells | checked(sample, where), where, "video")
-        yield {"where": where, **checked(sample, where),
-               "video": str(path.absolute().parent / sample["video"])}
+        sample = {"where": where} | checked(sample, where)
+        video = need(cells | sample, "video")
+        yield sample | {"video": str(path.absolute().parent / video)}
 
 
 def own_rows(path):
@@ -248,11 +247,11 @@ def own_rows(path):
             yield from ((f"{path}:{table.line_num}", row) for row in table)
         return
     for clip in sorted(p for p in path.rglob("*") if p.suffix.lower() in MEDIA):
-        for notes in filter(Path.is_file, [clip.with_suffix(".json"), clip.with_suffix(".txt")]):
-            text = notes.read_text(encoding="utf-8")
-            row = json.loads(text) if notes.suffix == ".json" else {"text": text}
-            yield f"{notes}:1", row | {"video": str(clip.absolute())}
-            break
+        notes, text = clip.with_suffix(".json"), clip.with_suffix(".txt")
+        if notes.is_file():
+            yield f"{notes}:1", json.loads(notes.read_text("utf-8")) | {"video": str(clip.absolute())}
+        elif text.is_file():
+            yield f"{text}:1", {"text": text.read_text("utf-8"), "video": str(clip.absolute())}
 
 
 def tidy(value):
@@ -358,7 +357,7 @@ OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "i
 
 
 class Doubtful(Unreadable):
-    """Frames that the packets' times do not place for sure, or damaged ones."""
+    """Frames that are damaged, or that the packets' times do not place for sure."""
 
 
 def decode(path, pick, size=None, start=None, end=None, fps=None):
@@ -374,9 +373,9 @@ def decode(path, pick, size=None, start=None, end=None, fps=None):
         if os.path.isdir(path):
             return chosen(*folder_frames(path, fps, start, end))
         try:
-            container, stream, guessed = open_video(path)
+            container, stream = open_video(path)
             with container:
-                return chosen(*planned_frames(path, container, stream, guessed, start, end))
+                return chosen(*planned_frames(path, container, stream, start, end))
         except (Doubtful, av.FFmpegError):
             # The plain decode from the first frame is the definition of a clip's frames: where the
             # plan fails it either succeeds or says what is wrong with the file.
@@ -422,22 +421,16 @@ def choose(path, pick, size, start, end, seconds, frames):
 
 
 def open_video(path):
-    """(container, its first real video stream, set to decode on one thread, whether pts are made
-    up: AVI stores none, which shows where frames are reordered)."""
+    """(container, its first real video stream, set to decode on one thread)."""
     if not os.path.exists(path):
         raise Unreadable(f"{path}: no such file")
-    if os.path.getsize(path) == 0:
-        raise Unreadable(f"{path}: the file is empty")
     container = av.open(str(path), **OPEN)
     for stream in container.streams.video:
-        context = stream.codec_context
         cover = stream.disposition & av.stream.Disposition.attached_pic
-        if not cover and container.format.name != "tty":       # FFmpeg renders text files as video
-            if context is None:
-                raise Unreadable(f"{path}: no decoder for its video codec; re-encode it as H.264")
-            context.thread_count = 1                # the reading processes are the parallelism
-            return container, stream, container.format.name == "avi" and context.has_b_frames
-    raise Unreadable(f"{path}: has no video stream")
+        if stream.codec_context and not cover and container.format.name != "tty":   # a text file
+            stream.codec_context.thread_count = 1   # the reading processes are the parallelism
+            return container, stream
+    raise Unreadable(f"{path}: has no video stream with a known codec; re-encode it as H.264")
 
 
 def duration(path):
@@ -449,14 +442,19 @@ def duration(path):
         return 0.0
 
 
+def guessed(container, stream):
+    """Whether pts are made up: AVI stores none, which shows where frames are reordered."""
+    return container.format.name == "avi" and stream.codec_context.has_b_frames
+
+
 def every_frame(path):
     """Yield (seconds after the first, frame) of a plain decode, first packet to last."""
-    container, stream, guessed = open_video(path)
+    container, stream = open_video(path)
     rate, first = stream.average_rate or 1, None
     with container:
         for i, frame in enumerate(container.decode(stream)):
             first = frame.pts if first is None else first
-            timed = frame.pts is not None and not guessed
+            timed = frame.pts is not None and not guessed(container, stream)
             yield float((frame.pts - first) * frame.time_base if timed else i / rate), frame
 
 
@@ -479,14 +477,14 @@ def folder_frames(path, fps, start, end):
                              for _, frame in every_frame(os.path.join(path, names[i]))))
 
 
-def planned_frames(path, container, stream, guessed, start, end):
+def planned_frames(path, container, stream, start, end):
     """(seconds, frames) for `choose`, times and keyframes from packet headers: exact for any frame
-    rate, in any container with pts. Decoding goes from a keyframe to the last frame wanted of its
-    group: so a seek never costs a decoded frame and always saves some. Unreadable if cut off."""
+    rate, in any container with pts. Decoding goes from a keyframe to the last frame wanted before
+    the next: so a seek never costs a decoded frame and always saves some. Unreadable if cut off."""
     tick, origin, index = stream.time_base, stream.start_time or 0, stream.index_entries
     low, high = (None if t is None else origin + t / float(tick) for t in (start, end))
     truncated = len(index) > 0 and index[-1].pos + index[-1].size > os.path.getsize(path)
-    if guessed:
+    if guessed(container, stream):
         raise Doubtful
     if low is not None:
         container.seek(int(low), stream=stream)
@@ -495,16 +493,17 @@ def planned_frames(path, container, stream, guessed, start, end):
         if packet.size == 0:
             continue                                # the empty packets that end the streams
         last[packet.stream.index] = packet
-        if packet.stream.index == stream.index:
-            truncated |= packet.is_corrupt
-            if packet.pts is None:
-                raise Doubtful
-            if packet.is_keyframe:
-                keys.append(packet.pts)
-            if not packet.is_discard:               # decoded but outside an MP4's edit list
-                pts.append(packet.pts)
-            if high is not None and packet.dts is not None and packet.dts >= high:
-                break
+        if packet.stream.index != stream.index:
+            continue
+        truncated |= packet.is_corrupt
+        if packet.pts is None:
+            raise Doubtful
+        if packet.is_keyframe:
+            keys.append(packet.pts)
+        if not packet.is_discard:                   # decoded but outside an MP4's edit list
+            pts.append(packet.pts)
+        if high is not None and packet.dts is not None and packet.dts >= high:
+            break
     if container.format.name.startswith("matroska") and low is high is None:
         # a sound may go on after the last picture, but something lasts as long as the header says
         lasts = max((float(p.pts * p.time_base) for p in last.values() if p.pts), default=0)
@@ -514,9 +513,8 @@ def planned_frames(path, container, stream, guessed, start, end):
     late = keys and low is not None and keys[0] > max(low, origin)
     if late or not keys or len(set(pts)) < len(pts):
         raise Doubtful
-    pts, keys = sorted(pts), sorted(keys)
-    if stream.codec_context.name in WHOLE_FROM_FIRST:
-        keys = keys[:1]
+    pts.sort()
+    keys = keys[:1] if stream.codec_context.name in WHOLE_FROM_FIRST else sorted(keys)
 
     def keyframe(time):
         return keys[max(bisect.bisect_right(keys, time) - 1, 0)]
@@ -530,21 +528,16 @@ def planned_frames(path, container, stream, guessed, start, end):
     return [(time - origin) * tick.numerator / tick.denominator for time in pts], frames
 
 
-def decode_group(container, stream, key, wanted):
-    """Yield frames from the keyframe at `key` to the last `wanted` (a set of pts). Frames that
-    nothing refers to are skipped unless wanted, which changes no pixel of the rest."""
-    context, first, missing = stream.codec_context, None, set(wanted)
+def decode_group(container, stream, key, missing):
+    """Yield frames from the keyframe at `key` to the last `missing` (a set of pts). Frames that
+    nothing refers to are skipped unless missing, which changes no pixel of the rest."""
+    context, started = stream.codec_context, False
     container.seek(key, stream=stream)
     for packet in container.demux(stream):
         if packet.size == 0 or not missing:
             break
-        if first is None:
-            if not packet.is_keyframe:
-                continue
-            first = packet.pts
-            if first is None or first > min(wanted):
-                raise Doubtful                      # the seek landed late
-        elif packet.pts < first:
+        started = started or packet.pts == key
+        if not started or packet.pts < key:
             continue        # an open GOP's leading picture refers to frames before the keyframe
         skip = context.name in SKIPPABLE and packet.pts not in missing
         context.skip_frame = "NONREF" if skip else "DEFAULT"
@@ -826,7 +819,7 @@ class Clips:
         """The token ids and the label of a sample; may set its window to that of a caption.
         pretrain: a caption, and masked; retrieval: a caption in training, all in evaluation;
         choice: the options, each after the question; qa: the question; probe: no words."""
-        where, question, answer = sample["where"], sample.get("question"), sample.get("answer")
+        question, answer = sample.get("question"), sample.get("answer")
         if self.task in ("pretrain", "retrieval"):
             captions = self.captions(sample)
             words = {"ids": [self.encode(text) for text in captions], "caption": captions[0],
@@ -835,19 +828,18 @@ class Clips:
                 words["mlm"] = mask_tokens(words["ids"][0], self.tokenizer, self.whole_word_masking)
             return words
         if self.task == "choice":
-            options = need(sample, where, "options")
+            options = need(sample, "options")
             answer = options.index(answer) if answer in options else answer
             if not isinstance(answer, int) or not 0 <= answer < len(options):
-                raise DataError(f'{where}: "answer" is {answer!r}; expected an index into the '
-                                f"{len(options)} options, from 0, or one of them")
+                raise DataError(f'{sample["where"]}: "answer" is {answer!r}; expected an index '
+                                f"into the {len(options)} options, from 0, or one of them")
             return {"ids": [self.encode(option, question) for option in options], "label": answer}
-        text = need(sample, where, "question") if self.task == "qa" else ""
+        text = need(sample, "question") if self.task == "qa" else ""
         return {"ids": [self.encode(text)], "label": self.labels.get(answer, -1)}
 
     def captions(self, sample):
         """The captions of a sample to read on this visit: one in training, all in evaluation."""
-        texts = (sample.get("captions") or sample.get("texts")
-                 or [need(sample, sample["where"], "text")])
+        texts = sample.get("captions") or sample.get("texts") or [need(sample, "text")]
         one = int(torch.randint(len(texts), ())) if self.train else 0
         if "captions" in sample:
             start, end, text = texts[one]

@@ -650,7 +650,7 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
         frame.rate = 8000
         container.mux(stream.encode(frame))
     for name, reason in {
-            "missing.mp4": "no such file", "empty.mp4": "empty", "noise.mp4": "cannot be decoded",
+            "missing.mp4": "no such file", "empty.mp4": "cannot be decoded", "noise.mp4": "cannot be decoded",
             "words.txt": "no video stream", "sound.wav": "no video stream", "folder": "no frame",
             "cut-whole.mp4": "cannot be decoded", "cut-whole.mkv": "truncated",
             "zeroed.mp4": "cannot be decoded"}.items():
