@@ -247,11 +247,11 @@ def own_rows(path):
             yield from ((f"{path}:{table.line_num}", row) for row in table)
         return
     for clip in sorted(p for p in path.rglob("*") if p.suffix.lower() in MEDIA):
-        notes, text = clip.with_suffix(".json"), clip.with_suffix(".txt")
+        notes, text, video = clip.with_suffix(".json"), clip.with_suffix(".txt"), clip.absolute()
         if notes.is_file():
-            yield f"{notes}:1", json.loads(notes.read_text("utf-8")) | {"video": str(clip.absolute())}
+            yield f"{notes}:1", json.loads(notes.read_text("utf-8")) | {"video": str(video)}
         elif text.is_file():
-            yield f"{text}:1", {"text": text.read_text("utf-8"), "video": str(clip.absolute())}
+            yield f"{text}:1", {"text": text.read_text("utf-8"), "video": str(video)}
 
 
 def tidy(value):

@@ -650,7 +650,8 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
         frame.rate = 8000
         container.mux(stream.encode(frame))
     for name, reason in {
-            "missing.mp4": "no such file", "empty.mp4": "cannot be decoded", "noise.mp4": "cannot be decoded",
+            "missing.mp4": "no such file", "empty.mp4": "cannot be decoded",
+            "noise.mp4": "cannot be decoded",
             "words.txt": "no video stream", "sound.wav": "no video stream", "folder": "no frame",
             "cut-whole.mp4": "cannot be decoded", "cut-whole.mkv": "truncated",
             "zeroed.mp4": "cannot be decoded"}.items():
@@ -2329,8 +2330,10 @@ def test_explain_and_attention_share_out_a_whole(temporal, clips, strong, tmp_pa
     model, samples = opened(strong, clips / "train.jsonl", "pretrain", temporal=temporal)
     video, ids = samples[0, 0]["video"][None], torch.tensor([samples.encode(
         " ".join(first["words"]))])
-    before, _ = rows_of_block(model, 1, video, ids)
-    spent = model.blocks[1].attn.weights(model.blocks[1].norm1(before))[:, 1:5].detach()
+    rows = []
+    model.blocks[1].norm1.register_forward_hook(lambda module, args, out: rows.append(out))
+    model(video, ids)
+    spent = model.blocks[1].attn.weights(rows[0])[:, 1:5].detach()
     spent = spent[:, :, 6:].reshape(-1, 4, 3 if temporal == "flatten" else 1, 5)[..., 1:]
     expected = spent.transpose(1, 2).flatten(0, 1).transpose(0, 1)             # words, S, patches
     if temporal == "token_rolling":                                # two rolls of 1 of 4 patches
