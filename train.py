@@ -538,6 +538,7 @@ class Trainer:
                                                  "features.pt", config, self.device, self.run.say)
             self.sizes = [sum(clip["set"] == k for clip in self.clips)
                           for k in range(len(manifest.sizes))]
+        self.unread = [lines - read for lines, read in zip(manifest.sizes, self.sizes)]
 
     def stream(self):
         """This process's passes from the run's step on (see data.Batches, data.load)."""
@@ -555,7 +556,7 @@ class Trainer:
         run, config, stream = self.run, self.config, self.stream()
         self.since = run.state["step"], time.monotonic()
         if self.lost and not run.state["step"]:
-            self.count_clips(torch.tensor([[len(self.clips), len(self.lost)]]), self.lost)
+            self.count_clips(torch.tensor([*zip(self.sizes, self.unread)]), self.lost)
         coming = self.next_passes(stream)
         for step in range(run.state["step"], self.steps):              # where are we
             lr = self.set_lr(step)                                     # the learning rate
