@@ -186,8 +186,7 @@ def line_index(path):
     if not path.is_file():
         raise DataError(f"{path}: no such manifest; expected a .jsonl, .csv or .tsv file, one "
                         "sample a line, or a folder of clips")
-    stat, crc = path.stat(), 0
-    header = [2, stat.st_size, stat.st_mtime_ns]
+    header, crc = [2, path.stat().st_size, path.stat().st_mtime_ns], 0
     places = Path(f"{path}.idx"), temporary(str(path.resolve()), ".idx")
     for place in places:
         if place.is_file() and np.fromfile(place, np.int64, 3).tolist() == header:
@@ -247,11 +246,12 @@ def own_rows(path):
             yield from ((f"{path}:{table.line_num}", row) for row in table)
         return
     for clip in sorted(p for p in path.rglob("*") if p.suffix.lower() in MEDIA):
-        notes, text, video = clip.with_suffix(".json"), clip.with_suffix(".txt"), clip.absolute()
+        notes, text = clip.with_suffix(".json"), clip.with_suffix(".txt")
+        video = {"video": str(clip.absolute())}
         if notes.is_file():
-            yield f"{notes}:1", json.loads(notes.read_text("utf-8")) | {"video": str(video)}
+            yield f"{notes}:1", json.loads(notes.read_text("utf-8")) | video
         elif text.is_file():
-            yield f"{text}:1", {"text": text.read_text("utf-8"), "video": str(video)}
+            yield f"{text}:1", {"text": text.read_text("utf-8")} | video
 
 
 def tidy(value):
@@ -288,11 +288,9 @@ class Batches:
     sizes: lines of each manifest. batch: clips of one optimiser step over all processes. A step is
     cut into world * accumulate passes, of which rank r has the r-th `accumulate`; each reads one
     manifest, so that VTM's negatives never cross data sets. Manifests alternate, in proportion to
-    `shares` (default: to their lines). The k-th pass of a manifest visits the next clips of its
-    epoch's permutation. Hence any number of processes with passes of one size sees the same passes
-    (of one manifest: of any size), and starting at step `start` replays and skips nothing.
-    steps: where the run ends, not how many are left. DataError if `batch` does not divide evenly.
-    """
+    `shares` (default: to their lines), each visited in the order of an epoch's permutation. Hence
+    any number of processes with passes of one size sees the same passes (of one manifest: of any
+    size), and a run that goes on at step `start`, to step `steps`, replays and skips nothing."""
 
     def __init__(self, sizes, batch, seed, rank=0, world=1, start=0, accumulate=1, steps=1,
                  shares=()):
@@ -335,11 +333,10 @@ class Batches:
 # ==== Clip: frames, pixels, words =================================================================
 
 def sample_frames(n, frames, train, view=0, views=1):
-    """TSN sparse sampling, Sec. 3.1: one frame of each of `frames` equal segments of n frames.
-    train: uniformly at random within its segment (torch's global generator), every frame possible.
-    Otherwise the segment's centre or, for view v of K (the 3 x 3 frames of Tab. 2 to 4), the centre
-    of the segment's v-th K-th. A clip of fewer than `frames` frames repeats some, in order.
-    n >= 1. Returns `frames` ascending indices."""
+    """TSN sparse sampling, Sec. 3.1: `frames` ascending indices, one in each equal segment of n.
+    n: frames of the clip, at least 1. train: a random one of the segment (torch's generator), every
+    frame possible; else the segment's centre or, for view v of K (the 3 x 3 frames of Tab. 2 to 4),
+    the centre of its v-th K-th. Where n < frames some are repeated, in order."""
     picked = []
     for i in range(frames):
         low = i * n // frames
@@ -362,12 +359,11 @@ class Doubtful(Unreadable):
 
 def decode(path, pick, size=None, start=None, end=None, fps=None):
     """Exactly the chosen frames of a clip, decoding as little else as their codec allows.
-    path: a video, an image (one frame) or a folder of frames in the order of their names, `fps` of
-    them a second. pick: function of n, the frames that there are, to the list of wanted indices,
-    repeats allowed. size: pixels of the shorter side, the proportions kept, or (height, width);
-    None: as stored. start, end: seconds after the first frame; the n frames are those shown in
-    [start, end). Returns uint8 RGB (S, 3, h, w) in the order picked, upright. Raises Unreadable.
-    Each pixel equals the full decode's: tests compare them for 26 kinds of file."""
+    path: a video, an image (one frame) or a folder of frames, `fps` of them a second. pick:
+    function of n, the frames that there are, to the list of wanted indices, repeats allowed. size:
+    pixels of the shorter side, the proportions kept, or (height, width); None: as stored. start,
+    end: seconds after the first frame; the n frames are those shown in [start, end). Returns uint8
+    RGB (S, 3, h, w) in the order picked, upright, each pixel that of a full decode. Unreadable."""
     try:
         chosen = partial(choose, path, pick, size, start, end)
         if os.path.isdir(path):
@@ -405,7 +401,7 @@ def choose(path, pick, size, start, end, seconds, frames):
         if number not in missing:
             continue
         if damaged:
-            raise Doubtful(f"{path}: damaged around {seconds[number]:.2f} s; re-encode it")
+            raise Doubtful(f"{path}: damaged around {seconds[number]:.2f} s; encode it again")
         if not isinstance(size, tuple):                 # all are sized as the first one is
             short = min(frame.width, frame.height)
             scale = (size or short) / short
@@ -465,7 +461,7 @@ def serial_frames(path):
 
 
 def folder_frames(path, fps, start, end):
-    """(seconds, frames) for `choose` of a folder of images, by name (2.jpg before 10.jpg)."""
+    """(seconds, frames) for `choose` of a folder of images, 2.jpg before 10.jpg."""
     if not fps and (start is not None or end is not None):
         raise Unreadable(f"{path}: a folder of frames has no times; give their rate as "
                          '"fps", or drop "start" and "end"')
@@ -728,9 +724,8 @@ MAX_SKIPS = 100         # unreadable lines in a row after which training cannot 
 
 
 def answers_of(paths):
-    """The classes that a model learns to answer with, for open-ended QA (Sec. 4.2.1) and probes:
-    answers.json beside the first training manifest, which `convert` writes; without one, every
-    answer of the manifests, the commonest first."""
+    """The classes of open-ended QA (Sec. 4.2.1) and probes: answers.json beside the first training
+    manifest, as `convert` writes it, else every answer of the manifests, the commonest first."""
     listed = Path(paths[0]).parent / "answers.json"
     if listed.is_file():
         return json.loads(listed.read_text(encoding="utf-8"))
@@ -746,10 +741,9 @@ def answers_of(paths):
 class Clips:
     """A manifest's samples as tensors: `clips[index, draw]`, `draw` keying all randomness.
     Items are dicts of "video" uint8 (S, 3, H, W), S = 1 for an image, or (K, S, 3, H, W) if
-    views > 1, "ids" (a list of token-id lists), "label", "caption", "clip", "kind"; to pretrain,
-    "mlm" = (masked ids, positions, labels). All have "index", "draw", "set" (which manifest),
-    "where" and "errors": of a clip that cannot be read, which has no more than these, the reason.
-    DataError if a line lacks what the task needs."""
+    views > 1, "ids" (a list of token-id lists), "label", "caption", "clip", "kind", "index",
+    "draw", "set" (which manifest), "where"; to pretrain, "mlm" = (masked ids, positions, labels).
+    "errors" tells why there is no "video". DataError if a line lacks what the task needs."""
     manifest: Manifest
     tokenizer: Tokenizer
     task: str                   # pretrain, retrieval, choice, qa, probe: see read_words
@@ -767,12 +761,11 @@ class Clips:
     answers: list = None        # the classes of qa and probe
     false_texts: int = 0        # retrieval in training: captions of other lines, as options
 
+    def __post_init__(self):
+        self.labels = {answer: i for i, answer in enumerate(self.answers or [])}
+
     def __len__(self):
         return len(self.manifest)
-
-    @cached_property
-    def labels(self):
-        return {answer: i for i, answer in enumerate(self.answers or [])}
 
     def __getitem__(self, key):
         index, draw = key
@@ -785,17 +778,15 @@ class Clips:
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed GPUs too, at a fifth of the cost of a small clip
             torch.default_generator.manual_seed(mix(self.seed, draw))
-            words = self.read_words(sample)
-            size = self.manifest.sizes[which]
-            drawn = [int(torch.randint(size, ())) for _ in range(self.false_texts)]
-            texts = [self.captions(self.manifest[index - line + other])[0] for other in drawn]
-            true = texts_of(sample)             # Sec. 4.2.2: to rank a caption among those of
-            words["ids"] += [self.encode(text) for text in texts if text not in true]   # others
+            item |= self.read_words(sample)
+            others = torch.randint(self.manifest.sizes[which], (self.false_texts,)).tolist()
+            texts = [self.captions(self.manifest[index - line + i])[0] for i in others]
+            item["ids"] += [self.encode(text) for text in texts if text not in texts_of(sample)]
             try:
-                video = self.read_video(sample)
+                item["video"] = self.read_video(sample)
             except Unreadable as error:
-                return {**item, "errors": [f"{where}: {error}"]}
-        return item | words | {"video": video, "clip": sample["video"], "kind": sample.get("kind")}
+                item["errors"].append(f"{where}: {error}")
+        return item | {"clip": sample["video"], "kind": sample.get("kind")}
 
     def read_video(self, sample):
         """uint8 ([K,] S, 3, H, W) of a sample, cropped."""
@@ -923,14 +914,15 @@ class Readers:
         self.context.set_forkserver_preload(["av", "tokenizers", "torchvision.transforms.v2"])
 
     def start(self):
-        pipe, theirs = self.context.Pipe()
+        """(process, our end of the pipe to it) for the thread that calls."""
+        ours, theirs = self.context.Pipe()
         process = self.context.Process(target=serve, daemon=True,
                                        args=(self.function, theirs, self.timeout))
         with self.lock:
             process.start()
         self.processes.append(process)
         theirs.close()
-        return process, pipe
+        return process, ours
 
     def __call__(self, task):
         if not self.workers:
@@ -940,7 +932,7 @@ class Readers:
             try:
                 pipe.send(task)
                 result, error = pipe.recv()
-            except (EOFError, ConnectionError):
+            except (EOFError, ConnectionError):     # it has died
                 self.mine.reader = None
                 with self.lock:
                     process.join()
@@ -998,17 +990,14 @@ def load(clips, passes, merge, workers, timeout=120):
     readers, refused = Readers(clips.__getitem__, workers, timeout), {}
 
     def visit(key):
-        index, draw = key
-        errors = []
-        while len(errors) < MAX_SKIPS:
-            at = clips.manifest.after(index, len(errors))
+        errors, (index, draw) = [], key
+        for at in (clips.manifest.after(index, step) for step in range(MAX_SKIPS)):
             try:
                 if at in refused:
                     raise refused[at]
                 item = readers((at, draw))
             except Unreadable as error:
-                refused[at] = error
-                where = clips.manifest[at]["where"]
+                refused[at], where = error, clips.manifest[at]["where"]
                 item = {"index": at, "draw": draw, "where": where, "errors": [f"{where}: {error}"]}
             errors += item["errors"]
             if "video" in item or not clips.train:
@@ -1016,10 +1005,10 @@ def load(clips, passes, merge, workers, timeout=120):
         raise DataError(f"{MAX_SKIPS} clips in a row cannot be read, the first: {errors[0]}")
 
     passes, sizes = itertools.tee(passes)
-    with closing(readers.ahead(visit, itertools.chain.from_iterable(passes),
-                               2 * max(workers, 8))) as items:
-        for keys in sizes:
-            yield merge(list(itertools.islice(items, len(keys))))
+    keys = itertools.chain.from_iterable(passes)
+    with closing(readers.ahead(visit, keys, 2 * max(workers, 8))) as items:
+        for size in map(len, sizes):
+            yield merge(list(itertools.islice(items, size)))
 
 
 # ---- the toy set
@@ -1090,23 +1079,11 @@ class ToyClip:
             COLOURS[self.colour])
         return frames
 
-    def samples(self, draw):
-        """Its lines of each manifest: {prefix of the manifest's name: [sample without video]}."""
-        asked = [("what shape is it?", self.shape, "shape"),
-                 ("what colour is it?", self.colour, "colour"),
-                 ("what does red turn into?", ORDERS[self.order], "order")
-                 if self.event == "light" else ("which way does it move?", self.motion, "motion")]
-        others = [self.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS
-                  if (shape, colour) != (self.shape, self.colour)]
-        choices = []
-        for kind, options in (("appearance", draw.sample(others, 3)),
-                              (asked[-1][2], [self.twin().caption()])):
-            answer = draw.randrange(len(options) + 1)
-            options.insert(answer, self.caption())
-            choices.append({"options": options, "answer": answer, "kind": kind})
-        return {"": [{"text": self.caption()}], "choice_": choices,
-                "qa_": [{"question": q, "answer": a, "kind": k} for q, a, k in asked],
-                "probe_": [{"answer": self.caption(template=0)}]}
+    def choice(self, kind, wrong, draw):
+        """A line of choice_SPLIT: its caption at a random place among wrong ones."""
+        answer = draw.randrange(len(wrong) + 1)
+        options = [*wrong[:answer], self.caption(), *wrong[answer:]]
+        return {"options": options, "answer": answer, "kind": kind}
 
 
 def write_clip(path, frames, fps, options):
@@ -1131,7 +1108,8 @@ def toy(root="data/toy", seed=0):
     retrieval_SPLIT (the first clip of each meaning with both its wordings). Written beside and
     renamed, so that a folder of the name is complete. DataError if `root` is something else."""
     root, content = Path(root), json.dumps({"seed": seed, "clips": SPLITS, "version": 3}) + "\n"
-    if (root / "toy.json").is_file() and (root / "toy.json").read_text() == content:
+    made = root / "toy.json"
+    if made.is_file() and made.read_text() == content:
         return root
     if root.exists() and any(root.iterdir()):
         raise DataError(f"{root}: exists and is another toy set or none; give another folder or "
@@ -1141,14 +1119,11 @@ def toy(root="data/toy", seed=0):
         beside = Path(folder, "toy")
         (beside / "clips").mkdir(parents=True)
         for split, count in SPLITS.items():
+            print(f"toy clips: {split}, {count}", file=sys.stderr)
             toy_split(beside, split, count, random.Random(f"{seed} {split}"))
-        print(file=sys.stderr)
         (beside / "toy.json").write_text(content)
-        try:
+        if not made.is_file():                      # else another job was faster: use its set
             os.rename(beside, root)
-        except OSError:
-            if not (root / "toy.json").is_file():   # another process of the job was faster: use its
-                raise
     return root
 
 
@@ -1162,13 +1137,23 @@ def toy_split(folder, split, count, draw):
         write_clip(folder / video["video"], frames, 4, TOY_X264)
         save_image(torch.from_numpy(frames[i % TOY_FRAMES]).permute(2, 0, 1) / 255,
                    folder / image["video"])
-        for prefix, samples in clip.samples(draw).items():
-            lines[prefix] += [video | sample for sample in samples]
+        kind, question, answer = (
+            ("order", "what does red turn into?", ORDERS[clip.order]) if clip.event == "light"
+            else ("motion", "which way does it move?", clip.motion))
+        others = [clip.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS
+                  if (shape, colour) != (clip.shape, clip.colour)]
+        lines[""].append(video | {"text": clip.caption()})
+        lines["choice_"] += [
+            video | clip.choice("appearance", draw.sample(others, 3), draw),
+            video | clip.choice(kind, [clip.twin().caption()], draw)]
+        lines["qa_"] += [video | {"question": q, "answer": a, "kind": k} for q, a, k in (
+            ("what shape is it?", clip.shape, "shape"),
+            ("what colour is it?", clip.colour, "colour"), (question, answer, kind))]
+        lines["probe_"].append(video | {"answer": texts[0]})
         lines["image_"].append(image | {"text": f"{clip.colour} {clip.shape}"})
-        meanings.setdefault(texts[0], video | {"texts": texts})
-        if i % 100 == 99:
-            print(f"\rtoy clips: {split} {i + 1}/{count}  ", end="", file=sys.stderr)
-    for prefix, samples in (lines | {"retrieval_": meanings.values()}).items():
+        if meanings.setdefault(texts[0], i) == i:
+            lines["retrieval_"].append(video | {"texts": texts})
+    for prefix, samples in lines.items():
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         (folder / f"{prefix}{split}.jsonl").write_text(text)
 
