@@ -290,19 +290,20 @@ class Run:
         except BlockingIOError:
             raise DataError(f"{self.folder}: another process is training into it; wait for it, "
                             "stop it, or choose another --out") from None
-        checkpoints = [self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"]
-        checkpoints = [path for path in checkpoints if path.exists()]
+        names = "checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "best.pt"
+        found = [self.folder / name for name in names if (self.folder / name).exists()]
         if not self.config.resume:
-            for path in [*checkpoints, *self.folder.glob("best.pt"), *self.folder.glob("*.jsonl")]:
+            for path in found:
                 path.replace(f"{path}.aside")
             return
+        checkpoints = [path for path in found if path.name.startswith("checkpoint")]
         for path in checkpoints:
             try:
                 self.content, self.good = read_weights(path), path
                 break
             except ValueError as error:
                 self.say(f"{error}; trying the checkpoint before it")
-        if checkpoints and "config" not in (self.content or {}):
+        if checkpoints and not {"config", "log"} <= (self.content or {}).keys():
             raise DataError(f"no checkpoint of train.py in {self.folder} can be read: choose "
                             "another --out, or --no-resume to set them aside and begin anew")
 
@@ -329,10 +330,10 @@ class Run:
         said = {key: f"{key} was {old.get(key, 'not given')}, now {new.get(key, 'not given')}"
                 for key in old | new if old.get(key) != new.get(key)}
         other = [text for key, text in said.items() if key not in CHANGEABLE]
-        other += [f"{name} had {lines} lines of checksum {checksum:08x}, now {now_lines} of "
-                  f"{now_checksum:08x}" for (name, lines, checksum), (_, now_lines, now_checksum)
-                  in zip(before["data"], now["data"]) if (lines, checksum) != (
-                      now_lines, now_checksum)]
+        for (name, *had), (_, *has) in zip(before["data"], now["data"]):
+            if had != has:
+                other.append("{} had {} lines of checksum {:08x}, now {} of {:08x}".format(
+                    name, *had, *has))
         if other:
             raise DataError(f"{self.folder} holds another run ({'; '.join(other[:5])}): "
                             "choose another --out, or --no-resume to set it aside")
