@@ -599,6 +599,8 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             vocabulary[token] for token in SPECIALS)
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > 2 * len(vocabulary) + 1000:       # 4 kB of weights for each at B
+            raise DataError("the vocabulary is not numbered from 0 without large gaps")
         self.ordinary = torch.tensor(sorted(
             i for token, i in vocabulary.items() if not re.fullmatch(r"\[\w+\]", token)))
         self.pieces = {i for token, i in vocabulary.items() if token.startswith("##")}
