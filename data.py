@@ -348,7 +348,6 @@ def sample_frames(n, frames, train, view=0, views=1):
 
 # A frame of these that no other frame refers to is known by its header and may be left undecoded.
 SKIPPABLE = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
-WHOLE_FROM_FIRST = {"gif", "apng"}      # each frame is painted over the last, whatever its flags
 # PyAV before 19 refuses titles that are not UTF-8 unless told; 19 has no such argument.
 OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
@@ -509,8 +508,7 @@ def planned_frames(path, container, stream, start, end):
     late = keys and low is not None and keys[0] > max(low, origin)
     if late or not keys or len(set(pts)) < len(pts):
         raise Doubtful
-    pts.sort()
-    keys = keys[:1] if stream.codec_context.name in WHOLE_FROM_FIRST else sorted(keys)
+    pts, keys = sorted(pts), sorted(keys)
 
     def keyframe(time):
         return keys[max(bisect.bisect_right(keys, time) - 1, 0)]
@@ -533,8 +531,8 @@ def decode_group(container, stream, key, missing):
         if packet.size == 0 or not missing:
             break
         started = started or packet.pts == key
-        if not started or packet.pts < key:
-            continue        # an open GOP's leading picture refers to frames before the keyframe
+        if not started:
+            continue
         skip = context.name in SKIPPABLE and packet.pts not in missing
         context.skip_frame = "NONREF" if skip else "DEFAULT"
         missing.discard(packet.pts)
@@ -602,8 +600,7 @@ class Tokenizer:
             vocabulary[token] for token in SPECIALS)
         self.vocab_size = max(vocabulary.values()) + 1
         if self.vocab_size > 2 * len(vocabulary) + 1000:       # 4 kB of weights for each at B
-            raise DataError(f"the vocabulary numbers {len(vocabulary)} tokens up to "
-                            f"{self.vocab_size - 1}; number them from 0 without large gaps")
+            raise DataError("the vocabulary is not numbered from 0 without large gaps")
         self.ordinary = torch.tensor(sorted(
             i for token, i in vocabulary.items() if not re.fullmatch(r"\[\w+\]", token)))
         self.pieces = {i for token, i in vocabulary.items() if token.startswith("##")}
