@@ -1025,15 +1025,14 @@ def load(clips, passes, merge, workers, timeout=120):
 # ---- the toy set
 
 SHAPES = "square", "ring"
-COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
+COLOURS = {"white": 255, "black": 0}
 LIGHTS = (200, 60, 60), (60, 180, 60), (60, 80, 200)
 ORDERS = "green", "blue"                         # what red turns into: the way the light cycles
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TEMPLATES = {
-    "light": ("{colour} {shape} while red turns {order}",
-              "red turns {order} around {colour} {shape}"),
-    "motion": ("{colour} {shape} that moves {motion}", "moving {motion} a {colour} {shape}")}
+    "light": ("{thing} while red turns {change}", "red turns {change} around {thing}"),
+    "motion": ("{thing} that moves {change}", "moving {change} a {thing}")}
 SPLITS = {"train": 2000, "val": 200, "test": 400}
 SIDE, TOY_FRAMES = 80, 12
 TOY_X264 = {"preset": "veryfast", "qp": "15", "g": "1"}    # each frame alone, at one quantiser
@@ -1041,7 +1040,7 @@ TOY_X264 = {"preset": "veryfast", "qp": "15", "g": "1"}    # each frame alone, a
 
 @dataclass(frozen=True)
 class ToyClip:
-    """What one toy clip shows. `twin` shows the same frames in reverse."""
+    """What one toy clip shows."""
     event: str          # "light": the light cycles, the object stays; "motion": the other way round
     shape: str
     colour: str
@@ -1066,47 +1065,45 @@ class ToyClip:
 
     def twin(self):
         """The clip that the reversed frames show: the other order, or the opposite motion."""
-        last = (self.first + (self.event == "light") * (2 if self.order == 0 else -2)) % 3
+        last = (self.first + (self.event == "light") * (2 - 4 * self.order)) % 3
         return replace(self, motion=OPPOSITE[self.motion], order=1 - self.order, first=last)
 
     def caption(self, **other):
         """The clip's caption in its own wording; keyword arguments change what it says."""
         said = replace(self, **other)
         return TEMPLATES[said.event][said.template].format(
-            colour=said.colour, shape=said.shape, motion=said.motion, order=ORDERS[said.order])
+            thing=f"{said.colour} {said.shape}",
+            change=ORDERS[said.order] if said.event == "light" else said.motion)
 
     def frames(self):
         """uint8 (12, 80, 80, 3): three thirds of four frames."""
-        t, pixel, cycles = np.arange(TOY_FRAMES), np.arange(SIDE) + 0.5, self.event == "light"
-        lights = self.first + t // (TOY_FRAMES // 3) * cycles * (1 if self.order == 0 else -1)
-        frames = np.empty((TOY_FRAMES, SIDE, SIDE, 3), np.uint8)
-        frames[:] = (np.array(LIGHTS)[lights % 3] * self.gain)[:, None, None]
-        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * self.speed * (not cycles)
-        (right, down), (centre_x, centre_y) = MOTIONS[self.motion], self.centre
-        x = (pixel - centre_x - travel * right).astype(np.float32)[:, None, :]
-        y = (pixel - centre_y - travel * down).astype(np.float32)[:, :, None]
-        far = np.maximum(abs(x), abs(y))
-        frames[(far < self.radius) & ((far > 0.6 * self.radius) | (self.shape == "square"))] = (
-            COLOURS[self.colour])
+        t, pixel = np.arange(TOY_FRAMES), np.arange(SIDE) + 0.5
+        lights = self.first + (self.event == "light") * t // 4 * (1 - 2 * self.order)
+        light = np.array(LIGHTS)[lights % 3] * self.gain
+        frames = np.tile(light.astype(np.uint8)[:, None, None], (1, SIDE, SIDE, 1))
+        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * self.speed * (self.event == "motion")
+        x, y = (abs(pixel - middle - travel * step).astype(np.float32)           # (12, 80) each
+                for middle, step in zip(self.centre, MOTIONS[self.motion]))
+        far = np.maximum(x[:, None, :], y[:, :, None])
+        hole = (far <= 0.6 * self.radius) & (self.shape == "ring")
+        frames[(far < self.radius) & ~hole] = COLOURS[self.colour]
         return frames
 
     def samples(self, draw):
         """Its lines of each manifest: {prefix of the manifest's name: [sample without video]}."""
-        asked = [("what shape is it?", self.shape, "shape"),
-                 ("what colour is it?", self.colour, "colour"),
-                 ("what does red turn into?", ORDERS[self.order], "order")
-                 if self.event == "light" else ("which way does it move?", self.motion, "motion")]
-        others = [self.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS
-                  if (shape, colour) != (self.shape, self.colour)]
-        choices = []
-        for kind, options in (("appearance", draw.sample(others, 3)),
-                              (asked[-1][2], [self.twin().caption()])):
-            answer = draw.randrange(len(options) + 1)
-            options.insert(answer, self.caption())
-            choices.append({"options": options, "answer": answer, "kind": kind})
-        return {"": [{"text": self.caption()}], "choice_": choices,
-                "qa_": [{"question": q, "answer": a, "kind": k} for q, a, k in asked],
-                "probe_": [{"answer": self.caption(template=0)}]}
+        asked = [("shape", "what shape is it?", self.shape),
+                 ("colour", "what colour is it?", self.colour),
+                 ("order", "what does red turn into?", ORDERS[self.order])
+                 if self.event == "light" else ("motion", "which way does it move?", self.motion)]
+        looks = [self.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS]
+        looks.remove(self.caption())
+        choices = {"appearance": draw.sample(looks, 3), asked[2][0]: [self.twin().caption()]}
+        for options in choices.values():
+            options.insert(draw.randrange(len(options) + 1), self.caption())
+        return {"": [{"text": self.caption()}], "probe_": [{"answer": self.caption(template=0)}],
+                "choice_": [{"options": options, "answer": options.index(self.caption()), "kind": k}
+                            for k, options in choices.items()],
+                "qa_": [{"question": q, "answer": a, "kind": k} for k, q, a in asked]}
 
 
 def write_clip(path, frames, fps, options):
@@ -1122,33 +1119,28 @@ def write_clip(path, frames, fps, options):
 
 def toy(root="data/toy", seed=0):
     """The embedded data set, generated once: 2600 clips of 80 x 80 px, 3 s at 4 fps. Returns root.
-    An object (shape, colour) stands still while the light that fills the frame cycles through three
-    colours one way or the other; or it moves in a still light, which a small model learns more
-    slowly. Clips come in twins of the same frames in reverse order, so that no multiset of frames
-    tells order or motion; coded alone at a fixed quantiser, they are so bit for bit. Per split:
-    SPLIT.jsonl (captions), choice_SPLIT (kinds "appearance", "order", "motion"; the last two
-    between opposites), qa_SPLIT, probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures) and
-    retrieval_SPLIT (the first clip of each meaning with both its wordings). Written beside and
-    renamed, so that a folder of the name is complete. DataError if `root` is something else."""
+    An object stands still while the light that fills the frame cycles through three colours one way
+    or the other; or it moves in a still light, which a small model learns more slowly. Clips come
+    in twins of the same frames in reverse order, equal bit for bit, so that no multiset of frames
+    tells order or motion. Per split: SPLIT.jsonl (captions), choice_SPLIT (kinds "appearance",
+    "order", "motion"), qa_SPLIT, probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures),
+    retrieval_SPLIT (the first clip of each meaning with both its wordings). A folder of the name
+    is complete: it was renamed at the end. DataError if `root` is something else."""
     root, content = Path(root), json.dumps({"seed": seed, "clips": SPLITS, "version": 3}) + "\n"
     if (root / "toy.json").is_file() and (root / "toy.json").read_text() == content:
         return root
     if root.exists() and any(root.iterdir()):
-        raise DataError(f"{root}: exists and is another toy set or none; give another folder or "
-                        "remove it")
+        raise DataError(f"{root}: is another toy set or none; give another folder or remove it")
+    print(f"writing {sum(SPLITS.values())} toy clips to {root}", file=sys.stderr)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         beside = Path(folder, "toy")
         (beside / "clips").mkdir(parents=True)
         for split, count in SPLITS.items():
             toy_split(beside, split, count, random.Random(f"{seed} {split}"))
-        print(file=sys.stderr)
         (beside / "toy.json").write_text(content)
-        try:
+        if not (root / "toy.json").is_file():           # unless another job was faster
             os.rename(beside, root)
-        except OSError:
-            if not (root / "toy.json").is_file():   # another process of the job was faster: use its
-                raise
     return root
 
 
@@ -1166,8 +1158,6 @@ def toy_split(folder, split, count, draw):
             lines[prefix] += [video | sample for sample in samples]
         lines["image_"].append(image | {"text": f"{clip.colour} {clip.shape}"})
         meanings.setdefault(texts[0], video | {"texts": texts})
-        if i % 100 == 99:
-            print(f"\rtoy clips: {split} {i + 1}/{count}  ", end="", file=sys.stderr)
     for prefix, samples in (lines | {"retrieval_": meanings.values()}).items():
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         (folder / f"{prefix}{split}.jsonl").write_text(text)
@@ -1193,22 +1183,24 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
     gpu: clips/s that a GPU trains on, for the number of workers that feed it."""
     source, found, drop, first = Manifest(manifest), collections.defaultdict(list), set(), {}
     readers, seconds = Readers(examine, workers, timeout), []
-    tokenizer = Tokenizer.load(vocab) if vocab else None
+    tokens = partial(Tokenizer.load(vocab).encode, max_len=10 ** 6) if vocab else str.split
 
     def visit(i):
+        """(sample, frames, CPU seconds) of line i, or (fault, what is wrong, 0)."""
         try:
             sample = source[i]
             return sample, *readers((sample, 1 if is_image(sample) else frames, image_size))
-        except (DataError, Unreadable) as error:
-            return error, 0, 0
+        except DataError as error:
+            return "bad line", str(error), 0
+        except Unreadable as error:
+            gone = str(error).endswith("no such file")
+            return "missing file" if gone else "unreadable", f"{sample['where']}: {error}", 0
 
     for i, (sample, has, spent) in enumerate(readers.ahead(visit, range(len(source)), 64)):
         if i % 20 == 19:
             print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad  ", end="", file=sys.stderr)
-        if isinstance(sample, Exception):
-            bad, gone = isinstance(sample, DataError), str(sample).endswith("no such file")
-            fault = "bad line" if bad else "missing file" if gone else "unreadable"
-            found[fault].append(str(sample) if bad else f"{source[i]['where']}: {sample}")
+        if isinstance(sample, str):
+            found[sample].append(has)
             drop.add(i)
             continue
         seconds.append(spent)
@@ -1219,7 +1211,7 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
             if not isinstance(text, str) or not text.strip():
                 found["empty text"].append(where)
                 drop.add(i)
-            elif len(tokenizer.encode(text, 10 ** 6) if tokenizer else text.split()) > max_text_len:
+            elif len(tokens(text)) > max_text_len:
                 found["text too long"].append(f"{where}: {text:.60}...")
         if caption and (line := first.setdefault(hash(caption), i + 1)) <= i:
             found["duplicate caption"].append(f"{where}: as line {line}: {caption:.60}")
@@ -1246,7 +1238,8 @@ OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "name": 
 
 class Release:
     """What a person has of a data set: annotation `files` and, by their names, `clips`, found in
-    one walk: to ask the disk for each of millions takes hours. split: what is being read."""
+    one walk: to ask the disk for each of millions takes hours. called: MSVD's clips have two names,
+    each the other's. split: what is being read."""
 
     def __init__(self, annotations, videos):
         self.files = sorted({str(file.absolute()) for path in map(Path, annotations)
@@ -1255,8 +1248,9 @@ class Release:
                  in os.walk(videos, followlinks=True) for name in folders + files]
         paths.sort(key=lambda path: (not path.lower().endswith(".gif"), path))
         self.clips = {name: path for path in paths for name in names_of(path)}  # GIFs give way
-        for name, number in self.mapping():
-            self.clips.setdefault(number, self.clip(name))
+        pairs = [line.partition(" ")[::2] for path in self.find("*youtube_mapping.txt")
+                 for line in rows(path)]
+        self.called = dict(pairs) | {number: name for name, number in pairs}
 
     def find(self, forms, split=""):
         """Annotation files named so; of forms between " | " the first of which there are any."""
@@ -1266,15 +1260,11 @@ class Release:
                 return found
         return []
 
-    def mapping(self):
-        """(name, "vid1") of MSVD's clips, which are called by either."""
-        return [line.partition(" ")[::2] for path in self.find("*youtube_mapping.txt")
-                for line in rows(path)]
-
     def clip(self, name):
         """The path of a clip, or None. A file's name may lack the "v_" of ActivityNet's ids."""
-        (long, short), get = names_of(name), self.clips.get
-        return get(long) or get(short) or get(short.removeprefix("v_"))
+        long, short = names_of(name)
+        names = long, short, short.removeprefix("v_"), self.called.get(short)
+        return next((self.clips[name] for name in names if name in self.clips), None)
 
 
 def names_of(path):
@@ -1297,9 +1287,9 @@ def rows(path, columns=""):
         elif path.endswith((".csv", ".tsv")):
             delimiter = "\t" if "\t" in file.readline() else ","
             file.seek(0)
-            quoting = csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL
-            yield from csv.DictReader(file, columns.split() or None, restval="",
-                                      delimiter=delimiter, quoting=quoting)
+            yield from csv.DictReader(
+                file, columns.split() or None, restval="", delimiter=delimiter,
+                quoting=csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL)
         else:
             lines = (line.strip() for line in file if line.strip() and line[0] != "#")
             yield from lines if path.endswith(".txt") else map(json.loads, lines)
@@ -1311,12 +1301,10 @@ def entries(path, chunk=1 << 24):
     with open(path, encoding="utf-8") as file:
         while more := file.read(chunk):
             text, at = text[at:] + more, 0
-            while found := key.match(text, at):
-                try:
+            with suppress(json.JSONDecodeError):            # the chunk ends inside a value
+                while found := key.match(text, at):
                     value, at = json.JSONDecoder().raw_decode(text, found.end())
-                except json.JSONDecodeError:
-                    break                                   # the chunk ends inside the value
-                yield found[1], value
+                    yield found[1], value
     if text[at:].strip() != "}":
         raise ValueError("its end is missing: download it again")
 
@@ -1344,8 +1332,8 @@ def one_a_row(source, path, columns="", prefix="", **fields):
             sample["start"], sample["end"] = map(float, row["ts"].split("-"))
         if "a1" in row:
             sample["options"] = [row[f"a{i}"] for i in range(6) if f"a{i}" in row]
-        if "options" in sample:
-            right = row.get("from_one")                     # LSMDC
+        if "options" in sample:                             # from_one: LSMDC
+            right = row.get("from_one")
             sample["answer"] = int(right) - 1 if right else int(sample["answer"])
         if "video" not in sample or not sample.keys() & {"text", "answer"}:
             raise LookupError(f"columns {', '.join(row)}")
@@ -1371,9 +1359,8 @@ def yttemporal(source, path):
             if word[:1] == "&" or word[-1:] == ";":         # "&gt;&gt;"
                 continue
             if not windows or second >= windows[-1][1]:
-                windows.append([second, second + 12.5, word])
-            else:
-                windows[-1][2] += f" {word}"
+                windows.append([second, second + 12.5, ""])
+            windows[-1][2] += f" {word}"
         yield {"video": video["info"]["id"], "captions": windows}
 
 
@@ -1405,20 +1392,31 @@ def captioned(source, path, paragraph=False):
         yield {"video": video} | ({"text": " ".join(told)} if paragraph else {"texts": told})
 
 
-def msrvtt(source, path, train=""):
-    """The official splits. Or, with `train`, 1k-A: MSRVTT_JSFUSION_test.csv tests, all other videos
-    of the official splits `train` train (9K: of all, 7K: of train and val)."""
-    test = {row["video_id"]: [row["sentence"]] for row in rows(path)} if train else {}
-    texts = {names_of(sample["video"])[1]: sample["texts"]
-             for file in (source.find(MSRVTT) if train else [path])
-             for sample in captioned(source, file)}
-    for video, told in (texts | test).items():
-        number = int(video.removeprefix("video"))
-        split = "train" if number < 6513 else "val" if number < 7010 else "test"
-        if train:
-            split = "test" if video in test else "train" if split in train else None
+def numbered(source, path, train, val):
+    """Split by the clips' numbers, MSVD's by youtube_mapping.txt: below `train` they train, below
+    `val` they validate, from there on they test."""
+    for sample in captioned(source, path):
+        video = names_of(sample["video"])[1]
+        number = re.fullmatch(r"vid(?:eo)?(\d+)", source.called.get(video, video))
+        split = number and ("train" if int(number[1]) < train else
+                            "val" if int(number[1]) < val else "test")
         if split == source.split:
-            yield {"video": video, "texts": told}
+            yield {"video": video, "texts": sample["texts"]}
+
+
+msrvtt = partial(numbered, train=6513, val=7010)
+
+
+def one_k_a(source, path, train):
+    """1k-A: MSRVTT_JSFUSION_test.csv tests, all other videos of the official splits (9K), or of
+    train and val (7K), train."""
+    samples = [{"video": row["video_id"], "texts": [row["sentence"]]} for row in rows(path)]
+    if source.split == "train":
+        test = {sample["video"] for sample in samples}
+        samples = (sample for file in source.find(MSRVTT)
+                   for sample in numbered(source, file, train, train)
+                   if sample["video"] not in test)
+    yield from samples
 
 
 def msrvtt_mc(source, path):
@@ -1434,15 +1432,6 @@ def msrvtt_mc(source, path):
         others = draw.sample(pool, min(50, len(pool)))
         wrong = dict.fromkeys(b for a, b in others if a != video and b != text)
         yield {"video": video, "options": [text, *list(wrong)[:4]], "answer": 0}
-
-
-def msvd(source, path):
-    """By youtube_mapping.txt vid1 to 1200 train, to 1300 validate, to 1970 test."""
-    texts = {sample["video"]: sample["texts"] for sample in captioned(source, path)}
-    for video, number in source.mapping():
-        number = int(number.removeprefix("vid"))
-        if source.split == ("train" if number <= 1200 else "val" if number <= 1300 else "test"):
-            yield {"video": video, "texts": texts.get(video, [])}
 
 
 def vcr(source, path, rationale):
@@ -1504,13 +1493,14 @@ DATASETS = {
     "cc3m": (partial(one_a_row, columns="text url", image=True), "SPLIT_GCC*.tsv",
              "ai.google.com/research/ConceptualCaptions", "train val=validation"),
     "coco": (captioned, "dataset_coco.json | captions_SPLIT20*.json", "Karpathy; cocodataset.org"),
-    "msrvtt_9k": (partial(msrvtt, train="train val test"), ONE_K_A, MSRVTT, "train test"),
-    "msrvtt_7k": (partial(msrvtt, train="train val"), ONE_K_A, MSRVTT, "train test"),
+    "msrvtt_9k": (partial(one_k_a, train=10_000), ONE_K_A, MSRVTT, "train test"),
+    "msrvtt_7k": (partial(one_k_a, train=7010), ONE_K_A, MSRVTT, "train test"),
     "msrvtt_full": (msrvtt, MSRVTT, "ms-multimedia-challenge.com/2016"),
     "msrvtt_mc": (msrvtt_mc, "MSR_MC_test.csv | msrvtt_mc_test.jsonl", MSRVTT),
     "msrvtt_qa": (partial(one_a_row, prefix="video"), "SPLIT_qa.json | msrvtt_qa_SPLIT.jsonl", QA),
     "msvd_qa": (partial(one_a_row, prefix="vid"), "SPLIT_qa.json", f"{QA}: youtube_mapping.txt"),
-    "msvd": (msvd, "AllVideoDescriptions.txt", "cs.utexas.edu/users/ml/clamp/videoDescription"),
+    "msvd": (partial(numbered, train=1201, val=1301), "AllVideoDescriptions.txt",
+             "cs.utexas.edu/users/ml/clamp/videoDescription, with youtube_mapping.txt"),
     "tgif_action": (one_a_row, "SPLIT_action_*.csv | action_SPLIT.jsonl", TGIF),
     "tgif_transition": (one_a_row, "SPLIT_trans*.csv | trans*_SPLIT.jsonl", TGIF),
     "tgif_frameqa": (one_a_row, "SPLIT_frame*.csv | frameqa_SPLIT.jsonl", TGIF),
@@ -1542,10 +1532,7 @@ def published(reader, source, paths, expected):
                     if key in sample:
                         sample[key] = list(filter(says, sample[key]))
                 yield sample
-        except DataError:
-            raise
-        except (LookupError, TypeError, AttributeError, SyntaxError, ValueError, OSError, EOFError,
-                zlib.error) as error:
+        except Exception as error:          # whatever a reader meets in a file of another form
             raise DataError(f"{path}: not as published ({error!r}); expected {expected}") from error
 
 
@@ -1557,7 +1544,7 @@ def convert(name, annotations, videos, out):
     4.2.1). DataError if nothing is left or a file is not as published; OUT is then as it was."""
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
-    reader, forms, site, *splits = DATASETS[name]
+    reader, forms, site, splits = (*DATASETS[name], "train val test")[:4]
     expected = tidy(f"{forms} ({site}). {getattr(reader, 'func', reader).__doc__}")
     source, out = Release(annotations, videos), os.path.realpath(out)
     if any(os.path.realpath(os.path.dirname(file)) == out for file in source.files):
@@ -1565,7 +1552,7 @@ def convert(name, annotations, videos, out):
     answers, tally = collections.Counter(), collections.defaultdict(collections.Counter)
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=out) as beside:     # all or none
-        for split in " ".join(splits or ["train val test"]).split():
+        for split in splits.split():
             source.split, _, theirs = split.partition("=")
             paths = source.find(forms, theirs or split)
             with open(f"{beside}/{source.split}.jsonl", "w", encoding="utf-8") as file:
@@ -1598,11 +1585,10 @@ def convert(name, annotations, videos, out):
 def main():
     """python data.py COMMAND: see --help of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    shown = argparse.RawDescriptionHelpFormatter     # and what is not given is left to the function
-    toys, converts, checks = (
-        commands.add_parser(run.__name__, description=run.__doc__, formatter_class=shown,
-                            argument_default=argparse.SUPPRESS) for run in (toy, convert, check))
+    commands, runs = parser.add_subparsers(dest="command", required=True), (toy, convert, check)
+    toys, converts, checks = (commands.add_parser(
+        run.__name__, description=run.__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter) for run in runs)
     toys.add_argument("--out", dest="root")
     toys.add_argument("--seed", type=int)
     converts.epilog = "\n".join(f"{name}: {files} ({site})"
@@ -1616,7 +1602,7 @@ def main():
     for flag in "workers", "timeout", "frames", "image_size", "max_text_len", "gpu":
         checks.add_argument(f"--{flag}", type=int)
     args = vars(parser.parse_args())
-    {"toy": toy, "convert": convert, "check": check}[args.pop("command")](**args)
+    {run.__name__: run for run in runs}[args.pop("command")](**args)
 
 
 if __name__ == "__main__":
