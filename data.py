@@ -1033,6 +1033,7 @@ OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TEMPLATES = {
     "light": ("{thing} while red turns {change}", "red turns {change} around {thing}"),
     "motion": ("{thing} that moves {change}", "moving {change} a {thing}")}
+DRAWING = (13, 16), (2, 3), (36, 44), (36, 44), (0.85, 1.1)     # bounds of ToyClip.drawing
 SPLITS = {"train": 2000, "val": 200, "test": 400}
 SIDE, TOY_FRAMES = 80, 12
 TOY_X264 = {"preset": "veryfast", "qp": "15", "g": "1"}    # each frame alone, at one quantiser
@@ -1048,10 +1049,7 @@ class ToyClip:
     order: int          # index into ORDERS
     first: int          # light of the first third, index into LIGHTS
     template: int
-    radius: float       # of the object, pixels
-    speed: float        # pixels per frame
-    centre: tuple       # (x, y) of the object in the middle of the clip, pixels
-    gain: float         # brightness of the lights
+    drawing: tuple      # radius, speed (pixels a frame), centre x and y, brightness of the lights
 
     @staticmethod
     def drawn(draw):
@@ -1060,8 +1058,7 @@ class ToyClip:
             event="light" if draw.random() < 0.85 else "motion", shape=draw.choice(SHAPES),
             colour=draw.choice(list(COLOURS)), motion=draw.choice(list(MOTIONS)),
             order=draw.randrange(2), first=draw.randrange(3), template=draw.randrange(2),
-            radius=draw.uniform(13, 16), speed=draw.uniform(2, 3),
-            centre=(draw.uniform(36, 44), draw.uniform(36, 44)), gain=draw.uniform(0.85, 1.1))
+            drawing=tuple(itertools.starmap(draw.uniform, DRAWING)))
 
     def twin(self):
         """The clip that the reversed frames show: the other order, or the opposite motion."""
@@ -1077,16 +1074,16 @@ class ToyClip:
 
     def frames(self):
         """uint8 (12, 80, 80, 3): three thirds of four frames."""
-        t, pixel = np.arange(TOY_FRAMES), np.arange(SIDE) + 0.5
+        (radius, speed, *centre, gain), t = self.drawing, np.arange(TOY_FRAMES)
         lights = self.first + (self.event == "light") * t // 4 * (1 - 2 * self.order)
-        light = np.array(LIGHTS)[lights % 3] * self.gain
+        light = np.array(LIGHTS)[lights % 3] * gain
         frames = np.tile(light.astype(np.uint8)[:, None, None], (1, SIDE, SIDE, 1))
-        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * self.speed * (self.event == "motion")
-        x, y = (abs(pixel - middle - travel * step).astype(np.float32)           # (12, 80) each
-                for middle, step in zip(self.centre, MOTIONS[self.motion]))
+        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * speed * (self.event == "motion")
+        x, y = (abs(np.arange(SIDE) + 0.5 - middle - travel * step).astype(np.float32)
+                for middle, step in zip(centre, MOTIONS[self.motion]))          # (12, 80) each
         far = np.maximum(x[:, None, :], y[:, :, None])
-        hole = (far <= 0.6 * self.radius) & (self.shape == "ring")
-        frames[(far < self.radius) & ~hole] = COLOURS[self.colour]
+        hole = (far <= 0.6 * radius) & (self.shape == "ring")
+        frames[(far < radius) & ~hole] = COLOURS[self.colour]
         return frames
 
     def samples(self, draw):
@@ -1404,9 +1401,6 @@ def numbered(source, path, train, val):
             yield {"video": video, "texts": sample["texts"]}
 
 
-msrvtt = partial(numbered, train=6513, val=7010)
-
-
 def one_k_a(source, path, train):
     """1k-A: MSRVTT_JSFUSION_test.csv tests, all other videos of the official splits (9K), or of
     train and val (7K), train."""
@@ -1425,9 +1419,9 @@ def msrvtt_mc(source, path):
     if source.split == "test":
         yield from one_a_row(source, path)
         return
+    official, draw = DATASETS["msrvtt_full"][0], random.Random(0)
     pool = [(sample["video"], text) for file in source.find(MSRVTT)
-            for sample in msrvtt(source, file) for text in sample["texts"]]
-    draw = random.Random(0)
+            for sample in official(source, file) for text in sample["texts"]]
     for video, text in pool:
         others = draw.sample(pool, min(50, len(pool)))
         wrong = dict.fromkeys(b for a, b in others if a != video and b != text)
@@ -1438,25 +1432,27 @@ def vcr(source, path, rationale):
     """A list [i, j] among the words becomes "person 0 person 1", numbered by first mention in all
     question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]) are of those that the sample's
     words mention, from the .json beside the image. QA→R's question ends in the right answer."""
+    def mentioned(*texts):
+        objects = (token for text in texts for token in text if isinstance(token, list))
+        return dict.fromkeys(itertools.chain.from_iterable(objects))
+
+    def words(tokens):
+        return " ".join(token if isinstance(token, str) else " ".join(names[i] for i in token)
+                        for token in tokens)
+
     for row in rows(path):
-        number = {}                                         # an object's index: its own number
-
-        def words(tokens):
-            return " ".join(token if isinstance(token, str) else " ".join(
-                f"{row['objects'][i]} {number.setdefault(i, len(number))}" for i in token)
-                for token in tokens)
-
         question, options, label = row["question"], row["answer_choices"], row["answer_label"]
-        words(sum(options + row["rationale_choices"], question))    # numbers all, for both alike
+        every = mentioned(question, *options, *row["rationale_choices"])
+        names = {i: f"{row['objects'][i]} {k}" for k, i in enumerate(every)}
         if rationale:
             question, options = question + options[label], row["rationale_choices"]
             label = row["rationale_label"]
         sample = {"video": row["img_fn"], "kind": "QA→R" if rationale else "Q→A", "answer": label,
                   "question": words(question), "options": [words(tokens) for tokens in options]}
-        mentioned = set().union(*(t for t in sum(options, question) if isinstance(t, list)))
-        if mentioned and (image := source.clip(row["img_fn"])):
+        shown = mentioned(question, *options)
+        if shown and (image := source.clip(row["img_fn"])):
             boxes = next(rows(f"{os.path.splitext(image)[0]}.json"))["boxes"]
-            sample["boxes"] = [[k, *boxes[i][:4]] for i, k in number.items() if i in mentioned]
+            sample["boxes"] = [[k, *boxes[i][:4]] for k, i in enumerate(every) if i in shown]
         yield sample
 
 
@@ -1495,7 +1491,8 @@ DATASETS = {
     "coco": (captioned, "dataset_coco.json | captions_SPLIT20*.json", "Karpathy; cocodataset.org"),
     "msrvtt_9k": (partial(one_k_a, train=10_000), ONE_K_A, MSRVTT, "train test"),
     "msrvtt_7k": (partial(one_k_a, train=7010), ONE_K_A, MSRVTT, "train test"),
-    "msrvtt_full": (msrvtt, MSRVTT, "ms-multimedia-challenge.com/2016"),
+    "msrvtt_full": (partial(numbered, train=6513, val=7010), MSRVTT,
+                    "ms-multimedia-challenge.com/2016"),
     "msrvtt_mc": (msrvtt_mc, "MSR_MC_test.csv | msrvtt_mc_test.jsonl", MSRVTT),
     "msrvtt_qa": (partial(one_a_row, prefix="video"), "SPLIT_qa.json | msrvtt_qa_SPLIT.jsonl", QA),
     "msvd_qa": (partial(one_a_row, prefix="vid"), "SPLIT_qa.json", f"{QA}: youtube_mapping.txt"),
