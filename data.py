@@ -1183,7 +1183,6 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
     tokens = partial(Tokenizer.load(vocab).encode, max_len=10 ** 6) if vocab else str.split
 
     def visit(i):
-        """(sample, frames, CPU seconds) of line i, or (fault, what is wrong, 0)."""
         try:
             sample = source[i]
             return sample, *readers((sample, 1 if is_image(sample) else frames, image_size))
@@ -1196,7 +1195,7 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
     for i, (sample, has, spent) in enumerate(readers.ahead(visit, range(len(source)), 64)):
         if i % 20 == 19:
             print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad  ", end="", file=sys.stderr)
-        if isinstance(sample, str):
+        if isinstance(sample, str):                             # a fault, and what is wrong
             found[sample].append(has)
             drop.add(i)
             continue
@@ -1274,8 +1273,7 @@ def names_of(path):
 
 def rows(path, columns=""):
     """Objects of a .json or .jsonl, lines of a .txt without remarks, dicts of a .csv or .tsv file.
-    columns: of a table without a header; there a quote is only a character. An undecodable byte
-    costs one character, not the data set."""
+    columns: of a table without a header, where a quote is only a character."""
     unzip = gzip.open if path.endswith(".gz") else open
     with unzip(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
         if path.endswith(".json"):
@@ -1389,28 +1387,26 @@ def captioned(source, path, paragraph=False):
         yield {"video": video} | ({"text": " ".join(told)} if paragraph else {"texts": told})
 
 
-def numbered(source, path, train, val):
-    """Split by the clips' numbers, MSVD's by youtube_mapping.txt: below `train` they train, below
-    `val` they validate, from there on they test."""
+def numbered(source, path, **splits):
+    """Split by the numbers of the clips, which youtube_mapping.txt gives MSVD's."""
     for sample in captioned(source, path):
         video = names_of(sample["video"])[1]
         number = re.fullmatch(r"vid(?:eo)?(\d+)", source.called.get(video, video))
-        split = number and ("train" if int(number[1]) < train else
-                            "val" if int(number[1]) < val else "test")
-        if split == source.split:
-            yield {"video": video, "texts": sample["texts"]}
+        if number and int(number[1]) in splits[source.split]:
+            yield sample | {"video": video}
 
 
 def one_k_a(source, path, train):
     """1k-A: MSRVTT_JSFUSION_test.csv tests, all other videos of the official splits (9K), or of
     train and val (7K), train."""
-    samples = [{"video": row["video_id"], "texts": [row["sentence"]]} for row in rows(path)]
-    if source.split == "train":
-        test = {sample["video"] for sample in samples}
-        samples = (sample for file in source.find(MSRVTT)
-                   for sample in numbered(source, file, train, train)
-                   if sample["video"] not in test)
-    yield from samples
+    test = {row["video_id"]: {"video": row["video_id"], "texts": [row["sentence"]]}
+            for row in rows(path)}
+    if source.split == "test":
+        yield from test.values()
+        return
+    for file in source.find(MSRVTT):
+        yield from (sample for sample in numbered(source, file, train=train)
+                    if sample["video"] not in test)
 
 
 def msrvtt_mc(source, path):
@@ -1489,15 +1485,15 @@ DATASETS = {
     "cc3m": (partial(one_a_row, columns="text url", image=True), "SPLIT_GCC*.tsv",
              "ai.google.com/research/ConceptualCaptions", "train val=validation"),
     "coco": (captioned, "dataset_coco.json | captions_SPLIT20*.json", "Karpathy; cocodataset.org"),
-    "msrvtt_9k": (partial(one_k_a, train=10_000), ONE_K_A, MSRVTT, "train test"),
-    "msrvtt_7k": (partial(one_k_a, train=7010), ONE_K_A, MSRVTT, "train test"),
-    "msrvtt_full": (partial(numbered, train=6513, val=7010), MSRVTT,
-                    "ms-multimedia-challenge.com/2016"),
+    "msrvtt_9k": (partial(one_k_a, train=range(10_000)), ONE_K_A, MSRVTT, "train test"),
+    "msrvtt_7k": (partial(one_k_a, train=range(7010)), ONE_K_A, MSRVTT, "train test"),
+    "msrvtt_full": (partial(numbered, train=range(6513), val=range(6513, 7010),
+                            test=range(7010, 10_000)), MSRVTT, "ms-multimedia-challenge.com/2016"),
     "msrvtt_mc": (msrvtt_mc, "MSR_MC_test.csv | msrvtt_mc_test.jsonl", MSRVTT),
     "msrvtt_qa": (partial(one_a_row, prefix="video"), "SPLIT_qa.json | msrvtt_qa_SPLIT.jsonl", QA),
     "msvd_qa": (partial(one_a_row, prefix="vid"), "SPLIT_qa.json", f"{QA}: youtube_mapping.txt"),
-    "msvd": (partial(numbered, train=1201, val=1301), "AllVideoDescriptions.txt",
-             "cs.utexas.edu/users/ml/clamp/videoDescription, with youtube_mapping.txt"),
+    "msvd": (partial(numbered, train=range(1201), val=range(1201, 1301), test=range(1301, 1971)),
+             "AllVideoDescriptions.txt", "cs.utexas.edu/users/ml/clamp/videoDescription"),
     "tgif_action": (one_a_row, "SPLIT_action_*.csv | action_SPLIT.jsonl", TGIF),
     "tgif_transition": (one_a_row, "SPLIT_trans*.csv | trans*_SPLIT.jsonl", TGIF),
     "tgif_frameqa": (one_a_row, "SPLIT_frame*.csv | frameqa_SPLIT.jsonl", TGIF),
@@ -1582,24 +1578,24 @@ def convert(name, annotations, videos, out):
 def main():
     """python data.py COMMAND: see --help of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands, runs = parser.add_subparsers(dest="command", required=True), (toy, convert, check)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = {run.__name__: run for run in (toy, convert, check)}
     toys, converts, checks = (commands.add_parser(
-        run.__name__, description=run.__doc__, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter) for run in runs)
+        name, description=run.__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter) for name, run in runs.items())
     toys.add_argument("--out", dest="root")
     toys.add_argument("--seed", type=int)
     converts.epilog = "\n".join(f"{name}: {files} ({site})"
                                 for name, (_, files, site, *_) in DATASETS.items())
     converts.add_argument("name")
-    converts.add_argument("--annotations", nargs="+", required=True)
-    converts.add_argument("--videos", required=True)
-    converts.add_argument("--out", required=True)
+    for flag, count in ("annotations", "+"), ("videos", None), ("out", None):
+        converts.add_argument(f"--{flag}", nargs=count, required=True)
     checks.add_argument("manifest")
     checks.add_argument("--vocab")
     for flag in "workers", "timeout", "frames", "image_size", "max_text_len", "gpu":
         checks.add_argument(f"--{flag}", type=int)
     args = vars(parser.parse_args())
-    {run.__name__: run for run in runs}[args.pop("command")](**args)
+    runs[args.pop("command")](**args)
 
 
 if __name__ == "__main__":
