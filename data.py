@@ -1011,15 +1011,15 @@ def load(clips, passes, merge, workers, timeout=120):
 # ---- the toy set
 
 SHAPES = "square", "ring"
-COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
+COLOURS = {"white": 255, "black": 0}
 LIGHTS = (200, 60, 60), (60, 180, 60), (60, 80, 200)
 ORDERS = "green", "blue"                         # what red turns into: the way the light cycles
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TEMPLATES = {
-    "light": ("{colour} {shape} while red turns {order}",
-              "red turns {order} around {colour} {shape}"),
-    "motion": ("{colour} {shape} that moves {motion}", "moving {motion} a {colour} {shape}")}
+    "light": ("{thing} while red turns {change}", "red turns {change} around {thing}"),
+    "motion": ("{thing} that moves {change}", "moving {change} a {thing}")}
+DRAWING = (13, 16), (2, 3), (36, 44), (36, 44), (0.85, 1.1)     # bounds of ToyClip.drawing
 SPLITS = {"train": 2000, "val": 200, "test": 400}
 SIDE, TOY_FRAMES = 80, 12
 TOY_X264 = {"preset": "veryfast", "qp": "15", "g": "1"}    # each frame alone, at one quantiser
@@ -1027,7 +1027,7 @@ TOY_X264 = {"preset": "veryfast", "qp": "15", "g": "1"}    # each frame alone, a
 
 @dataclass(frozen=True)
 class ToyClip:
-    """What one toy clip shows. `twin` shows the same frames in reverse."""
+    """What one toy clip shows."""
     event: str          # "light": the light cycles, the object stays; "motion": the other way round
     shape: str
     colour: str
@@ -1035,10 +1035,7 @@ class ToyClip:
     order: int          # index into ORDERS
     first: int          # light of the first third, index into LIGHTS
     template: int
-    radius: float       # of the object, pixels
-    speed: float        # pixels per frame
-    centre: tuple       # (x, y) of the object in the middle of the clip, pixels
-    gain: float         # brightness of the lights
+    drawing: tuple      # radius, speed (pixels a frame), centre x and y, brightness of the lights
 
     @staticmethod
     def drawn(draw):
@@ -1047,40 +1044,49 @@ class ToyClip:
             event="light" if draw.random() < 0.85 else "motion", shape=draw.choice(SHAPES),
             colour=draw.choice(list(COLOURS)), motion=draw.choice(list(MOTIONS)),
             order=draw.randrange(2), first=draw.randrange(3), template=draw.randrange(2),
-            radius=draw.uniform(13, 16), speed=draw.uniform(2, 3),
-            centre=(draw.uniform(36, 44), draw.uniform(36, 44)), gain=draw.uniform(0.85, 1.1))
+            drawing=tuple(itertools.starmap(draw.uniform, DRAWING)))
 
     def twin(self):
         """The clip that the reversed frames show: the other order, or the opposite motion."""
-        last = (self.first + (self.event == "light") * (2 if self.order == 0 else -2)) % 3
+        last = (self.first + (self.event == "light") * (2 - 4 * self.order)) % 3
         return replace(self, motion=OPPOSITE[self.motion], order=1 - self.order, first=last)
 
     def caption(self, **other):
         """The clip's caption in its own wording; keyword arguments change what it says."""
         said = replace(self, **other)
         return TEMPLATES[said.event][said.template].format(
-            colour=said.colour, shape=said.shape, motion=said.motion, order=ORDERS[said.order])
+            thing=f"{said.colour} {said.shape}",
+            change=ORDERS[said.order] if said.event == "light" else said.motion)
 
     def frames(self):
         """uint8 (12, 80, 80, 3): three thirds of four frames."""
-        t, pixel, cycles = np.arange(TOY_FRAMES), np.arange(SIDE) + 0.5, self.event == "light"
-        lights = self.first + t // (TOY_FRAMES // 3) * cycles * (1 if self.order == 0 else -1)
-        frames = np.empty((TOY_FRAMES, SIDE, SIDE, 3), np.uint8)
-        frames[:] = (np.array(LIGHTS)[lights % 3] * self.gain)[:, None, None]
-        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * self.speed * (not cycles)
-        (right, down), (centre_x, centre_y) = MOTIONS[self.motion], self.centre
-        x = (pixel - centre_x - travel * right).astype(np.float32)[:, None, :]
-        y = (pixel - centre_y - travel * down).astype(np.float32)[:, :, None]
-        far = np.maximum(abs(x), abs(y))
-        frames[(far < self.radius) & ((far > 0.6 * self.radius) | (self.shape == "square"))] = (
-            COLOURS[self.colour])
+        (radius, speed, *centre, gain), t = self.drawing, np.arange(TOY_FRAMES)
+        lights = self.first + (self.event == "light") * t // 4 * (1 - 2 * self.order)
+        light = np.array(LIGHTS)[lights % 3] * gain
+        frames = np.tile(light.astype(np.uint8)[:, None, None], (1, SIDE, SIDE, 1))
+        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * speed * (self.event == "motion")
+        x, y = (abs(np.arange(SIDE) + 0.5 - middle - travel * step).astype(np.float32)
+                for middle, step in zip(centre, MOTIONS[self.motion]))          # (12, 80) each
+        far = np.maximum(x[:, None, :], y[:, :, None])
+        hole = (far <= 0.6 * radius) & (self.shape == "ring")
+        frames[(far < radius) & ~hole] = COLOURS[self.colour]
         return frames
 
-    def choice(self, kind, wrong, draw):
-        """A line of choice_SPLIT: its caption at a random place among wrong ones."""
-        answer = draw.randrange(len(wrong) + 1)
-        options = [*wrong[:answer], self.caption(), *wrong[answer:]]
-        return {"options": options, "answer": answer, "kind": kind}
+    def samples(self, draw):
+        """Its lines of each manifest: {prefix of the manifest's name: [sample without video]}."""
+        asked = [("shape", "what shape is it?", self.shape),
+                 ("colour", "what colour is it?", self.colour),
+                 ("order", "what does red turn into?", ORDERS[self.order])
+                 if self.event == "light" else ("motion", "which way does it move?", self.motion)]
+        looks = [self.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS]
+        looks.remove(self.caption())
+        choices = {"appearance": draw.sample(looks, 3), asked[2][0]: [self.twin().caption()]}
+        for options in choices.values():
+            options.insert(draw.randrange(len(options) + 1), self.caption())
+        return {"": [{"text": self.caption()}], "probe_": [{"answer": self.caption(template=0)}],
+                "choice_": [{"options": options, "answer": options.index(self.caption()), "kind": k}
+                            for k, options in choices.items()],
+                "qa_": [{"question": q, "answer": a, "kind": k} for k, q, a in asked]}
 
 
 def write_clip(path, frames, fps, options):
@@ -1096,30 +1102,27 @@ def write_clip(path, frames, fps, options):
 
 def toy(root="data/toy", seed=0):
     """The embedded data set, generated once: 2600 clips of 80 x 80 px, 3 s at 4 fps. Returns root.
-    An object (shape, colour) stands still while the light that fills the frame cycles through three
-    colours one way or the other; or it moves in a still light, which a small model learns more
-    slowly. Clips come in twins of the same frames in reverse order, so that no multiset of frames
-    tells order or motion; coded alone at a fixed quantiser, they are so bit for bit. Per split:
-    SPLIT.jsonl (captions), choice_SPLIT (kinds "appearance", "order", "motion"; the last two
-    between opposites), qa_SPLIT, probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures) and
-    retrieval_SPLIT (the first clip of each meaning with both its wordings). Written beside and
-    renamed, so that a folder of the name is complete. DataError if `root` is something else."""
+    An object stands still while the light that fills the frame cycles through three colours one way
+    or the other; or it moves in a still light, which a small model learns more slowly. Clips come
+    in twins of the same frames in reverse order, equal bit for bit, so that no multiset of frames
+    tells order or motion. Per split: SPLIT.jsonl (captions), choice_SPLIT (kinds "appearance",
+    "order", "motion"), qa_SPLIT, probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures),
+    retrieval_SPLIT (the first clip of each meaning with both its wordings). A folder of the name
+    is complete: it was renamed at the end. DataError if `root` is something else."""
     root, content = Path(root), json.dumps({"seed": seed, "clips": SPLITS, "version": 3}) + "\n"
-    made = root / "toy.json"
-    if made.is_file() and made.read_text() == content:
+    if (root / "toy.json").is_file() and (root / "toy.json").read_text() == content:
         return root
     if root.exists() and any(root.iterdir()):
-        raise DataError(f"{root}: exists and is another toy set or none; give another folder or "
-                        "remove it")
+        raise DataError(f"{root}: is another toy set or none; give another folder or remove it")
+    print(f"writing {sum(SPLITS.values())} toy clips to {root}", file=sys.stderr)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         beside = Path(folder, "toy")
         (beside / "clips").mkdir(parents=True)
         for split, count in SPLITS.items():
-            print(f"toy clips: {split}, {count}", file=sys.stderr)
             toy_split(beside, split, count, random.Random(f"{seed} {split}"))
         (beside / "toy.json").write_text(content)
-        if not made.is_file():                      # else another job was faster: use its set
+        if not (root / "toy.json").is_file():           # unless another job was faster
             os.rename(beside, root)
     return root
 
@@ -1134,23 +1137,11 @@ def toy_split(folder, split, count, draw):
         write_clip(folder / video["video"], frames, 4, TOY_X264)
         save_image(torch.from_numpy(frames[i % TOY_FRAMES]).permute(2, 0, 1) / 255,
                    folder / image["video"])
-        kind, question, answer = (
-            ("order", "what does red turn into?", ORDERS[clip.order]) if clip.event == "light"
-            else ("motion", "which way does it move?", clip.motion))
-        others = [clip.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS
-                  if (shape, colour) != (clip.shape, clip.colour)]
-        lines[""].append(video | {"text": clip.caption()})
-        lines["choice_"] += [
-            video | clip.choice("appearance", draw.sample(others, 3), draw),
-            video | clip.choice(kind, [clip.twin().caption()], draw)]
-        lines["qa_"] += [video | {"question": q, "answer": a, "kind": k} for q, a, k in (
-            ("what shape is it?", clip.shape, "shape"),
-            ("what colour is it?", clip.colour, "colour"), (question, answer, kind))]
-        lines["probe_"].append(video | {"answer": texts[0]})
+        for prefix, samples in clip.samples(draw).items():
+            lines[prefix] += [video | sample for sample in samples]
         lines["image_"].append(image | {"text": f"{clip.colour} {clip.shape}"})
-        if meanings.setdefault(texts[0], i) == i:
-            lines["retrieval_"].append(video | {"texts": texts})
-    for prefix, samples in lines.items():
+        meanings.setdefault(texts[0], video | {"texts": texts})
+    for prefix, samples in (lines | {"retrieval_": meanings.values()}).items():
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         (folder / f"{prefix}{split}.jsonl").write_text(text)
 
@@ -1175,22 +1166,23 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
     gpu: clips/s that a GPU trains on, for the number of workers that feed it."""
     source, found, drop, first = Manifest(manifest), collections.defaultdict(list), set(), {}
     readers, seconds = Readers(examine, workers, timeout), []
-    tokenizer = Tokenizer.load(vocab) if vocab else None
+    tokens = partial(Tokenizer.load(vocab).encode, max_len=10 ** 6) if vocab else str.split
 
     def visit(i):
         try:
             sample = source[i]
             return sample, *readers((sample, 1 if is_image(sample) else frames, image_size))
-        except (DataError, Unreadable) as error:
-            return error, 0, 0
+        except DataError as error:
+            return "bad line", str(error), 0
+        except Unreadable as error:
+            gone = str(error).endswith("no such file")
+            return "missing file" if gone else "unreadable", f"{sample['where']}: {error}", 0
 
     for i, (sample, has, spent) in enumerate(readers.ahead(visit, range(len(source)), 64)):
         if i % 20 == 19:
             print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad  ", end="", file=sys.stderr)
-        if isinstance(sample, Exception):
-            bad, gone = isinstance(sample, DataError), str(sample).endswith("no such file")
-            fault = "bad line" if bad else "missing file" if gone else "unreadable"
-            found[fault].append(str(sample) if bad else f"{source[i]['where']}: {sample}")
+        if isinstance(sample, str):                             # a fault, and what is wrong
+            found[sample].append(has)
             drop.add(i)
             continue
         seconds.append(spent)
@@ -1201,7 +1193,7 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
             if not isinstance(text, str) or not text.strip():
                 found["empty text"].append(where)
                 drop.add(i)
-            elif len(tokenizer.encode(text, 10 ** 6) if tokenizer else text.split()) > max_text_len:
+            elif len(tokens(text)) > max_text_len:
                 found["text too long"].append(f"{where}: {text:.60}...")
         if caption and (line := first.setdefault(hash(caption), i + 1)) <= i:
             found["duplicate caption"].append(f"{where}: as line {line}: {caption:.60}")
@@ -1228,7 +1220,8 @@ OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "name": 
 
 class Release:
     """What a person has of a data set: annotation `files` and, by their names, `clips`, found in
-    one walk: to ask the disk for each of millions takes hours. split: what is being read."""
+    one walk: to ask the disk for each of millions takes hours. called: MSVD's clips have two names,
+    each the other's. split: what is being read."""
 
     def __init__(self, annotations, videos):
         self.files = sorted({str(file.absolute()) for path in map(Path, annotations)
@@ -1237,8 +1230,9 @@ class Release:
                  in os.walk(videos, followlinks=True) for name in folders + files]
         paths.sort(key=lambda path: (not path.lower().endswith(".gif"), path))
         self.clips = {name: path for path in paths for name in names_of(path)}  # GIFs give way
-        for name, number in self.mapping():
-            self.clips.setdefault(number, self.clip(name))
+        pairs = [line.partition(" ")[::2] for path in self.find("*youtube_mapping.txt")
+                 for line in rows(path)]
+        self.called = dict(pairs) | {number: name for name, number in pairs}
 
     def find(self, forms, split=""):
         """Annotation files named so; of forms between " | " the first of which there are any."""
@@ -1248,15 +1242,11 @@ class Release:
                 return found
         return []
 
-    def mapping(self):
-        """(name, "vid1") of MSVD's clips, which are called by either."""
-        return [line.partition(" ")[::2] for path in self.find("*youtube_mapping.txt")
-                for line in rows(path)]
-
     def clip(self, name):
         """The path of a clip, or None. A file's name may lack the "v_" of ActivityNet's ids."""
-        (long, short), get = names_of(name), self.clips.get
-        return get(long) or get(short) or get(short.removeprefix("v_"))
+        long, short = names_of(name)
+        names = long, short, short.removeprefix("v_"), self.called.get(short)
+        return next((self.clips[name] for name in names if name in self.clips), None)
 
 
 def names_of(path):
@@ -1269,8 +1259,7 @@ def names_of(path):
 
 def rows(path, columns=""):
     """Objects of a .json or .jsonl, lines of a .txt without remarks, dicts of a .csv or .tsv file.
-    columns: of a table without a header; there a quote is only a character. An undecodable byte
-    costs one character, not the data set."""
+    columns: of a table without a header, where a quote is only a character."""
     unzip = gzip.open if path.endswith(".gz") else open
     with unzip(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
         if path.endswith(".json"):
@@ -1279,9 +1268,9 @@ def rows(path, columns=""):
         elif path.endswith((".csv", ".tsv")):
             delimiter = "\t" if "\t" in file.readline() else ","
             file.seek(0)
-            quoting = csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL
-            yield from csv.DictReader(file, columns.split() or None, restval="",
-                                      delimiter=delimiter, quoting=quoting)
+            yield from csv.DictReader(
+                file, columns.split() or None, restval="", delimiter=delimiter,
+                quoting=csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL)
         else:
             lines = (line.strip() for line in file if line.strip() and line[0] != "#")
             yield from lines if path.endswith(".txt") else map(json.loads, lines)
@@ -1293,12 +1282,10 @@ def entries(path, chunk=1 << 24):
     with open(path, encoding="utf-8") as file:
         while more := file.read(chunk):
             text, at = text[at:] + more, 0
-            while found := key.match(text, at):
-                try:
+            with suppress(json.JSONDecodeError):            # the chunk ends inside a value
+                while found := key.match(text, at):
                     value, at = json.JSONDecoder().raw_decode(text, found.end())
-                except json.JSONDecodeError:
-                    break                                   # the chunk ends inside the value
-                yield found[1], value
+                    yield found[1], value
     if text[at:].strip() != "}":
         raise ValueError("its end is missing: download it again")
 
@@ -1326,8 +1313,8 @@ def one_a_row(source, path, columns="", prefix="", **fields):
             sample["start"], sample["end"] = map(float, row["ts"].split("-"))
         if "a1" in row:
             sample["options"] = [row[f"a{i}"] for i in range(6) if f"a{i}" in row]
-        if "options" in sample:
-            right = row.get("from_one")                     # LSMDC
+        if "options" in sample:                             # from_one: LSMDC
+            right = row.get("from_one")
             sample["answer"] = int(right) - 1 if right else int(sample["answer"])
         if "video" not in sample or not sample.keys() & {"text", "answer"}:
             raise LookupError(f"columns {', '.join(row)}")
@@ -1353,9 +1340,8 @@ def yttemporal(source, path):
             if word[:1] == "&" or word[-1:] == ";":         # "&gt;&gt;"
                 continue
             if not windows or second >= windows[-1][1]:
-                windows.append([second, second + 12.5, word])
-            else:
-                windows[-1][2] += f" {word}"
+                windows.append([second, second + 12.5, ""])
+            windows[-1][2] += f" {word}"
         yield {"video": video["info"]["id"], "captions": windows}
 
 
@@ -1387,20 +1373,26 @@ def captioned(source, path, paragraph=False):
         yield {"video": video} | ({"text": " ".join(told)} if paragraph else {"texts": told})
 
 
-def msrvtt(source, path, train=""):
-    """The official splits. Or, with `train`, 1k-A: MSRVTT_JSFUSION_test.csv tests, all other videos
-    of the official splits `train` train (9K: of all, 7K: of train and val)."""
-    test = {row["video_id"]: [row["sentence"]] for row in rows(path)} if train else {}
-    texts = {names_of(sample["video"])[1]: sample["texts"]
-             for file in (source.find(MSRVTT) if train else [path])
-             for sample in captioned(source, file)}
-    for video, told in (texts | test).items():
-        number = int(video.removeprefix("video"))
-        split = "train" if number < 6513 else "val" if number < 7010 else "test"
-        if train:
-            split = "test" if video in test else "train" if split in train else None
-        if split == source.split:
-            yield {"video": video, "texts": told}
+def numbered(source, path, **splits):
+    """Split by the numbers of the clips, which youtube_mapping.txt gives MSVD's."""
+    for sample in captioned(source, path):
+        video = names_of(sample["video"])[1]
+        number = re.fullmatch(r"vid(?:eo)?(\d+)", source.called.get(video, video))
+        if number and int(number[1]) in splits[source.split]:
+            yield sample | {"video": video}
+
+
+def one_k_a(source, path, train):
+    """1k-A: MSRVTT_JSFUSION_test.csv tests, all other videos of the official splits (9K), or of
+    train and val (7K), train."""
+    test = {row["video_id"]: {"video": row["video_id"], "texts": [row["sentence"]]}
+            for row in rows(path)}
+    if source.split == "test":
+        yield from test.values()
+        return
+    for file in source.find(MSRVTT):
+        yield from (sample for sample in numbered(source, file, train=train)
+                    if sample["video"] not in test)
 
 
 def msrvtt_mc(source, path):
@@ -1409,47 +1401,40 @@ def msrvtt_mc(source, path):
     if source.split == "test":
         yield from one_a_row(source, path)
         return
+    official, draw = DATASETS["msrvtt_full"][0], random.Random(0)
     pool = [(sample["video"], text) for file in source.find(MSRVTT)
-            for sample in msrvtt(source, file) for text in sample["texts"]]
-    draw = random.Random(0)
+            for sample in official(source, file) for text in sample["texts"]]
     for video, text in pool:
         others = draw.sample(pool, min(50, len(pool)))
         wrong = dict.fromkeys(b for a, b in others if a != video and b != text)
         yield {"video": video, "options": [text, *list(wrong)[:4]], "answer": 0}
 
 
-def msvd(source, path):
-    """By youtube_mapping.txt vid1 to 1200 train, to 1300 validate, to 1970 test."""
-    texts = {sample["video"]: sample["texts"] for sample in captioned(source, path)}
-    for video, number in source.mapping():
-        number = int(number.removeprefix("vid"))
-        if source.split == ("train" if number <= 1200 else "val" if number <= 1300 else "test"):
-            yield {"video": video, "texts": texts.get(video, [])}
-
-
 def vcr(source, path, rationale):
     """A list [i, j] among the words becomes "person 0 person 1", numbered by first mention in all
     question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]) are of those that the sample's
     words mention, from the .json beside the image. QA→R's question ends in the right answer."""
+    def mentioned(*texts):
+        objects = (token for text in texts for token in text if isinstance(token, list))
+        return dict.fromkeys(itertools.chain.from_iterable(objects))
+
+    def words(tokens):
+        return " ".join(token if isinstance(token, str) else " ".join(names[i] for i in token)
+                        for token in tokens)
+
     for row in rows(path):
-        number = {}                                         # an object's index: its own number
-
-        def words(tokens):
-            return " ".join(token if isinstance(token, str) else " ".join(
-                f"{row['objects'][i]} {number.setdefault(i, len(number))}" for i in token)
-                for token in tokens)
-
         question, options, label = row["question"], row["answer_choices"], row["answer_label"]
-        words(sum(options + row["rationale_choices"], question))    # numbers all, for both alike
+        every = mentioned(question, *options, *row["rationale_choices"])
+        names = {i: f"{row['objects'][i]} {k}" for k, i in enumerate(every)}
         if rationale:
             question, options = question + options[label], row["rationale_choices"]
             label = row["rationale_label"]
         sample = {"video": row["img_fn"], "kind": "QA→R" if rationale else "Q→A", "answer": label,
                   "question": words(question), "options": [words(tokens) for tokens in options]}
-        mentioned = set().union(*(t for t in sum(options, question) if isinstance(t, list)))
-        if mentioned and (image := source.clip(row["img_fn"])):
+        shown = mentioned(question, *options)
+        if shown and (image := source.clip(row["img_fn"])):
             boxes = next(rows(f"{os.path.splitext(image)[0]}.json"))["boxes"]
-            sample["boxes"] = [[k, *boxes[i][:4]] for i, k in number.items() if i in mentioned]
+            sample["boxes"] = [[k, *boxes[i][:4]] for k, i in enumerate(every) if i in shown]
         yield sample
 
 
@@ -1486,13 +1471,15 @@ DATASETS = {
     "cc3m": (partial(one_a_row, columns="text url", image=True), "SPLIT_GCC*.tsv",
              "ai.google.com/research/ConceptualCaptions", "train val=validation"),
     "coco": (captioned, "dataset_coco.json | captions_SPLIT20*.json", "Karpathy; cocodataset.org"),
-    "msrvtt_9k": (partial(msrvtt, train="train val test"), ONE_K_A, MSRVTT, "train test"),
-    "msrvtt_7k": (partial(msrvtt, train="train val"), ONE_K_A, MSRVTT, "train test"),
-    "msrvtt_full": (msrvtt, MSRVTT, "ms-multimedia-challenge.com/2016"),
+    "msrvtt_9k": (partial(one_k_a, train=range(10_000)), ONE_K_A, MSRVTT, "train test"),
+    "msrvtt_7k": (partial(one_k_a, train=range(7010)), ONE_K_A, MSRVTT, "train test"),
+    "msrvtt_full": (partial(numbered, train=range(6513), val=range(6513, 7010),
+                            test=range(7010, 10_000)), MSRVTT, "ms-multimedia-challenge.com/2016"),
     "msrvtt_mc": (msrvtt_mc, "MSR_MC_test.csv | msrvtt_mc_test.jsonl", MSRVTT),
     "msrvtt_qa": (partial(one_a_row, prefix="video"), "SPLIT_qa.json | msrvtt_qa_SPLIT.jsonl", QA),
     "msvd_qa": (partial(one_a_row, prefix="vid"), "SPLIT_qa.json", f"{QA}: youtube_mapping.txt"),
-    "msvd": (msvd, "AllVideoDescriptions.txt", "cs.utexas.edu/users/ml/clamp/videoDescription"),
+    "msvd": (partial(numbered, train=range(1201), val=range(1201, 1301), test=range(1301, 1971)),
+             "AllVideoDescriptions.txt", "cs.utexas.edu/users/ml/clamp/videoDescription"),
     "tgif_action": (one_a_row, "SPLIT_action_*.csv | action_SPLIT.jsonl", TGIF),
     "tgif_transition": (one_a_row, "SPLIT_trans*.csv | trans*_SPLIT.jsonl", TGIF),
     "tgif_frameqa": (one_a_row, "SPLIT_frame*.csv | frameqa_SPLIT.jsonl", TGIF),
@@ -1524,10 +1511,7 @@ def published(reader, source, paths, expected):
                     if key in sample:
                         sample[key] = list(filter(says, sample[key]))
                 yield sample
-        except DataError:
-            raise
-        except (LookupError, TypeError, AttributeError, SyntaxError, ValueError, OSError, EOFError,
-                zlib.error) as error:
+        except Exception as error:          # whatever a reader meets in a file of another form
             raise DataError(f"{path}: not as published ({error!r}); expected {expected}") from error
 
 
@@ -1539,7 +1523,7 @@ def convert(name, annotations, videos, out):
     4.2.1). DataError if nothing is left or a file is not as published; OUT is then as it was."""
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
-    reader, forms, site, *splits = DATASETS[name]
+    reader, forms, site, splits = (*DATASETS[name], "train val test")[:4]
     expected = tidy(f"{forms} ({site}). {getattr(reader, 'func', reader).__doc__}")
     source, out = Release(annotations, videos), os.path.realpath(out)
     if any(os.path.realpath(os.path.dirname(file)) == out for file in source.files):
@@ -1547,7 +1531,7 @@ def convert(name, annotations, videos, out):
     answers, tally = collections.Counter(), collections.defaultdict(collections.Counter)
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=out) as beside:     # all or none
-        for split in " ".join(splits or ["train val test"]).split():
+        for split in splits.split():
             source.split, _, theirs = split.partition("=")
             paths = source.find(forms, theirs or split)
             with open(f"{beside}/{source.split}.jsonl", "w", encoding="utf-8") as file:
@@ -1581,24 +1565,23 @@ def main():
     """python data.py COMMAND: see --help of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    shown = argparse.RawDescriptionHelpFormatter     # and what is not given is left to the function
-    toys, converts, checks = (
-        commands.add_parser(run.__name__, description=run.__doc__, formatter_class=shown,
-                            argument_default=argparse.SUPPRESS) for run in (toy, convert, check))
+    runs = {run.__name__: run for run in (toy, convert, check)}
+    toys, converts, checks = (commands.add_parser(
+        name, description=run.__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter) for name, run in runs.items())
     toys.add_argument("--out", dest="root")
     toys.add_argument("--seed", type=int)
     converts.epilog = "\n".join(f"{name}: {files} ({site})"
                                 for name, (_, files, site, *_) in DATASETS.items())
     converts.add_argument("name")
-    converts.add_argument("--annotations", nargs="+", required=True)
-    converts.add_argument("--videos", required=True)
-    converts.add_argument("--out", required=True)
+    for flag, count in ("annotations", "+"), ("videos", None), ("out", None):
+        converts.add_argument(f"--{flag}", nargs=count, required=True)
     checks.add_argument("manifest")
     checks.add_argument("--vocab")
     for flag in "workers", "timeout", "frames", "image_size", "max_text_len", "gpu":
         checks.add_argument(f"--{flag}", type=int)
     args = vars(parser.parse_args())
-    {"toy": toy, "convert": convert, "check": check}[args.pop("command")](**args)
+    runs[args.pop("command")](**args)
 
 
 if __name__ == "__main__":

@@ -1138,21 +1138,19 @@ def test_the_data_doctor_names_every_fault_and_writes_a_clean_manifest(tmp_path,
 
 @pytest.fixture
 def release(tmp_path):
-    """release(name, {annotation file: content}, [clips on disk]) -> {file written: its content}."""
-    def run(name, annotations, clips):
-        for file, content in {**annotations, **{f"../clips/{clip}": "" for clip in clips}}.items():
+    """release(name, {annotation file: content}, clips on disk) -> {file written: its content}."""
+    def run(name, notes, clips=()):
+        for file, content in {**notes, **{f"../clips/{clip}": "" for clip in clips}}.items():
             path = tmp_path / "notes" / file
             path.parent.mkdir(parents=True, exist_ok=True)
             content = json.dumps(content) if isinstance(content, (list, dict)) else content
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        (tmp_path / "clips").mkdir(exist_ok=True)
-        notes = [tmp_path / "notes" / file for file in ("", *annotations)]   # twice, read once
-        convert(name, notes, tmp_path / "clips", tmp_path / "out")
+        twice = [tmp_path / "notes" / file for file in ("", *notes)]             # and read once
+        convert(name, twice, tmp_path / "clips", tmp_path / "out")
         written = {}
         for path in (tmp_path / "out").iterdir():
             written[path.stem] = [json.loads(line) for line in open(path, encoding="utf-8")]
             for sample in written[path.stem] if path.suffix == ".jsonl" else ():
-                assert (tmp_path / "out" / sample["video"]).exists()
                 sample["video"] = os.path.relpath(sample["video"], "../clips")
         return written
     return run
@@ -1173,8 +1171,9 @@ def texts(*videos):
 
 WEBVID = {"results_2M_train.csv": "videoid,contentUrl,duration,page_dir,name\n"
           '7,https://x/7.mp4,PT10S,000001_000050,"A ""red"" car,\nparked"\n'
-          "8,https://x/8.mp4,PT10S,000001_000050,gone\n9,u,d,000001_000050,\n"}
-WEBVID_CLIPS = ["000001_000050/7.mp4", "000001_000050/9.mp4"]
+          "8,https://x/8.mp4,PT10S,000001_000050,gone\n9,u,d,000001_000050,\n",
+          "../clips/000001_000050/9.mp4": ""}
+CAR = {"video": "000001_000050/7.mp4", "text": 'A "red" car, parked'}
 CRC32 = [f"{zlib.crc32(b'http://x/a')}", f"{zlib.crc32(b'http://x/b')}.jpg"]
 COCO = {"captions_train2014.json": {"images": [{"id": 9, "file_name": "a.jpg"}], "annotations": [
     {"image_id": 9, "caption": text} for text in ("one", " ", "two")]}}
@@ -1187,137 +1186,135 @@ SPEECH = {"info": {"id": "WAaKRUoY6Io"}, "subtitles": [
                                                     (3, "&gt"), (4, "gt;"), (90, "late"))]}
 KINETICS, YOGA = "label,youtube_id,time_start,time_end", "-3B_000059_000069.mp4"
 WHO = {"question": "who?", "answer": "a", "answer_type": "what"}
-GIFS = ["gifs/n_400.gif", "gifs/n_400.mp4"]                              # re-encoded: preferred
-GIF, FIVE = {"video": GIFS[1]}, {"options": list("abcde")}
+GIF, FIVE = {"video": "gifs/n_400.mp4"}, {"options": list("abcde")}
+SMALL = {"../clips/gifs/n_400.gif": ""}                                  # re-encoded: preferred
 DOES = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tkey\nn_400\tq, 4 ?\ta\tb\tc\td\te\t2\t5\n"
 HOW_MANY = "gif_name\tquestion\tanswer\ttype\tkey\tdescription\nn_400\tq ?\ttwo\t1\t5\ttwo dogs\n"
 MSVD = {"AllVideoDescriptions.txt": "# remark\n\nab_1_2 a man, who sings\nab_1_2 a singer\n"
-        "c_0_9 a dog\nnone_0_1 a cat\n", "youtube_mapping.txt": "c_0_9 vid1301\nab_1_2 vid1200\n"}
+        "c_0_9 a dog\nd_0_1 a cow\nnone_0_1 a cat\n", "youtube_mapping.txt":
+        "c_0_9 vid1301\nd_0_1 vid1300\nab_1_2 vid1200\n"}
 LONG = "BATTLE_LA_00.03.06.170-00.03.09.675"
 CUT = f'{LONG}\t0\t1\t0\t1\t"Hi, SOMEONE'
 MOMENTS = [{"annotation_id": 1, "description": text, "video": video, "times": [[0, 0], [1, 4]]}
            for video, text in (("1@N_2.mov", "a cat"), ("4@N.avi", "dog"), ("1@N_2.mov", "it\nr "))]
 DANCE = {"v_QOl": {"duration": 82.73, "timestamps": [[0.8, 19.9], [17.4, 60.8]],
                    "sentences": ["A woman dances.", " She turns."]}}
-ASKED = {"qid": 7, "q": "Why ?", "a0": "v", "a1": "w", "a2": "x", "a3": "y", "a4": "z",
-         "answer_idx": 3, "vid_name": "met_s01_seg02_clip_00", "show_name": "HIMYM"}
-MET = "frames_hq/met_frames/met_s01_seg02_clip_00"
-WHY = {"video": MET, "question": "Why ?", "fps": 3, "options": list("vwxyz"), "answer": 3}
+WHY = {"q": "Why ?", "a0": "v", "a1": "w", "a2": "x", "a3": "y", "a4": "z", "answer_idx": 3,
+       "vid_name": "met_s01_seg02_clip_00", "show_name": "HIMYM"}
+MET = {"video": "frames_hq/met_frames/met_s01_seg02_clip_00", "question": "Why ?", "fps": 3,
+       "options": list("vwxyz"), "answer": 3}
 PAN = """"['u-1', 300, ""#C C's pan""]","[['u-1', 1, 'cuts'], ['u-2', 2, ""#C C's pan""]]\""""
 MSRVTT = {"train_val_videodatainfo.json": sentences("video0", "video6513"),
           "test_videodatainfo.json": sentences("video7010", "video9770"),
-          "MSRVTT_JSFUSION_test.csv": "key,vid_key,video_id,sentence\n"
-                                      'ret0,msr9770,video9770,"a man, talking"\n'}
+          "MSRVTT_JSFUSION_test.csv": 'video_id,sentence\nvideo9770,"a man, talking"\n',
+          **{f"../clips/video{i}.mp4": "" for i in (0, 6513, 7010, 9770)}}
+TALKING = [{"video": "video9770.mp4", "texts": ["a man, talking"]}]
 TWO_VIDEOS = {"MSR_VTT.json": {"images": [{"id": "video0"}, {"id": "video6512"}], "annotations": [
     {"image_id": f"video{i}", "caption": text} for i, text in ((0, "x"), (0, "z"), (6512, "y"))]}}
-MSRVTT_CLIPS = [f"video{i}.mp4" for i in (0, 6513, 7010, 9770)]
-TALKING = [{"video": "video9770.mp4", "texts": ["a man, talking"]}]
 MC = "\tkey\tvid_key\ta1\ta2\ta3\ta4\ta5\tanswer\n0\tmc0\tmsr7010\ta\tb\tc\td\te\t3\n"
 WHAT = [{"answer": answer, "id": 1, "question": "What is it?", "video_id": video} for answer, video
         in (("zebra", 6513), ("man", 6513), ("dog", 6513), ("man", 6513), ("rare", 99))]
-VCR_ROW = {"img_fn": "lsmdc_a/x@0.jpg", "metadata_fn": "lsmdc_a/x@0.json", "objects":
-           ["person", "person", "bottle", "dog", "cup"], "question": ["Why", "near", [1], "?"],
-           "answer_choices": [["He", "is"], [[3], "ran"], [[2], "ran"], ["no"]], "answer_label": 1,
-           "rationale_choices": [[[1, 4], "run"], ["a"], ["b"], ["c"]], "rationale_label": 0}
+VCR_ROW = {"img_fn": "lsmdc_a/x@0.jpg", "objects": ["person", "person", "bottle", "dog", "cup"],
+           "question": ["Why", "near", [1], "?"], "answer_label": 1, "rationale_label": 0,
+           "answer_choices": [["He", "is"], [[3], "ran"], [[2], "ran"], ["no"]],
+           "rationale_choices": [[[1, 4], "run"], ["a"], ["b"], ["c"]]}
 VCR = {"val.jsonl": jsonl({**VCR_ROW, "img_fn": "gone.jpg"}, VCR_ROW), "../clips/lsmdc_a/x@0.json":
        {"boxes": [[9 * i, 1, 9 * i + 5, 6, 0.99] for i in range(5)]}}
 BOXES = [[0, 9, 1, 14, 6], [1, 27, 1, 32, 6], [2, 18, 1, 23, 6], [3, 36, 1, 41, 6]]
-ANSWER = {"video": "lsmdc_a/x@0.jpg", "question": "Why near person 0 ?", "answer": 1, "kind": "Q→A",
-          "options": ["He is", "dog 1 ran", "bottle 2 ran", "no"], "boxes": BOXES[:3]}
-REASON = {"video": "lsmdc_a/x@0.jpg", "question": "Why near person 0 ? dog 1 ran", "answer": 0,
-          "kind": "QA→R", "options": ["person 0 cup 3 run", *"abc"],
-          "boxes": [BOXES[0], BOXES[1], BOXES[3]]}    # of whom the sample's own words tell
 
 
-@pytest.mark.parametrize("name, notes, clips, expected", [
-    ("webvid", WEBVID, WEBVID_CLIPS,
-     {"train": [{"video": WEBVID_CLIPS[0], "text": 'A "red" car, parked'}]}),
+@pytest.mark.parametrize("name, notes, expected", [
+    ("webvid", WEBVID, {"train": [CAR]}),
     ("cc3m", {"Train_GCC-training.tsv": 'a "big" dog\thttp://x/a\n',
-              "Validation_GCC-1.1.0-Validation.tsv": '"a cat\thttp://x/b\n'}, CRC32,
-     {"train": [{"video": CRC32[0], "text": 'a "big" dog', "image": True}],
-      "val": [{"video": CRC32[1], "text": '"a cat', "image": True}]}),
-    *[("howto100m", notes, ["food/-tCQ4tCQdWE.webm"], {"train": [
-        {"video": "food/-tCQ4tCQdWE.webm", "captions": [[0.41, 3.91, "pic"], [6.0, 8.5, "bowl"]]}]})
+              "Validation_GCC-1.1.0-Validation.tsv": '"a cat\thttp://x/b\n'}, {
+        "train": [{"video": CRC32[0], "text": 'a "big" dog', "image": True}],
+        "val": [{"video": CRC32[1], "text": '"a cat', "image": True}]}),
+    *[("howto100m", notes, {"train": [{"video": "food/-tCQ4tCQdWE.webm", "captions": [
+        [0.41, 3.91, "pic"], [6.0, 8.5, "bowl"]]}]})
       for notes in ({"caption.json": {"-tCQ4tCQdWE": HOWTO}}, {"-tCQ4tCQdWE.csv": HOWTO_CSV})],
-    *[("yttemporal", notes, ["s/data/WAaKRUoY6Io.mp4"], {"train": [{
-        "video": "s/data/WAaKRUoY6Io.mp4",
-        "captions": [[0, 12.5, "a b"], [12.5, 25, "c"], [90, 102.5, "late"]]}]})
+    *[("yttemporal", notes, {"train": [{"video": "s/data/WAaKRUoY6Io.mp4", "captions": [
+        [0, 12.5, "a b"], [12.5, 25, "c"], [90, 102.5, "late"]]}]})
       for notes in ({"WAaKRUoY6Io.grover.json": SPEECH},
                     {"yttemporal180m_000of100.jsonl.gz": gzip.compress(jsonl(SPEECH).encode())})],
-    ("coco", COCO, ["a.jpg"], {"train": [{"video": "a.jpg", "texts": ["one", "two"]}]}),
-    ("coco", {**COCO, "dataset_coco.json": KARPATHY}, ["a.jpg", "b.jpg"],
+    ("coco", COCO, {"train": [{"video": "a.jpg", "texts": ["one", "two"]}]}),
+    ("coco", {**COCO, "dataset_coco.json": KARPATHY},
      {"train": [{"video": "b.jpg", "texts": ["restval 1"]}],
       "test": [{"video": "a.jpg", "texts": ["test 1"]}]}),
-    *[(f"msrvtt_{protocol}", MSRVTT, MSRVTT_CLIPS, expected) for protocol, expected in (  # Tab. 3a
+    *[(f"msrvtt_{protocol}", MSRVTT, expected) for protocol, expected in (               # Tab. 3a
         ("9k", {"train": texts("video7010", "video0", "video6513"), "test": TALKING}),
         ("7k", {"train": texts("video0", "video6513"), "test": TALKING}),
         ("full", {"train": texts("video0"), "val": texts("video6513"),
                   "test": texts("video7010", "video9770")}))],
-    ("msrvtt_mc", {"MSR_MC_test.csv": MC, **TWO_VIDEOS}, MSRVTT_CLIPS,                   # Tab. 4a
+    ("msrvtt_mc", {"MSR_MC_test.csv": MC, **TWO_VIDEOS},                                 # Tab. 4a
      {"test": [{"video": "video7010.mp4", **FIVE, "answer": 3}],
       "train": [{"video": "video0.mp4", "options": [text, "y"], "answer": 0} for text in "xz"]}),
     ("msrvtt_mc", {"msrvtt_mc_test.jsonl": jsonl({"clip_name": "n_400", **FIVE, "answer": 1})},
-     GIFS, {"test": [{**GIF, **FIVE, "answer": 1}]}),
-    *[(name, {"train_qa.json": WHAT, "youtube_mapping.txt": "-4_5_15 vid6513\n"}, [clip], {
+     {"test": [{**GIF, **FIVE, "answer": 1}]}),
+    *[(name, {"train_qa.json": WHAT, "youtube_mapping.txt": "-4_5_15 vid6513\n"}, {
         "train": [{"video": clip, "question": "What is it?", "answer": answer, "kind": "what"}
                   for answer in ("zebra", "man", "dog", "man")],         # one clip is gone
         "answers": [["man", "zebra", "dog", "rare"]]})                   # ties: the first to appear
       for name, clip in (("msrvtt_qa", "video6513.mp4"),                             # Tab. 2b, 2c
                          ("msvd_qa", "vid6513.avi"), ("msvd_qa", "-4_5_15.avi"))],
-    ("msrvtt_qa", {"msrvtt_qa_test.jsonl": jsonl({"video_id": "video0", **WHO})}, MSRVTT_CLIPS,
+    ("msrvtt_qa", {"msrvtt_qa_test.jsonl": jsonl({"video_id": "video0", **WHO})},
      {"test": [{"video": "video0.mp4", "question": "who?", "answer": "a", "kind": "who?"}]}),
-    ("msvd", MSVD, ["ab_1_2.avi", "c_0_9.avi"],
-     {"train": [{"video": "ab_1_2.avi", "texts": ["a man, who sings", "a singer"]}],
-      "test": [{"video": "c_0_9.avi", "texts": ["a dog"]}]}),
-    ("tgif_action", {"Train_action_question.csv": DOES, "Total_action_question.csv": DOES}, GIFS,
+    ("msvd", MSVD, {"train": [{"video": "ab_1_2.avi", "texts": ["a man, who sings", "a singer"]}],
+                    "val": [{"video": "vid1300.avi", "texts": ["a cow"]}],      # by either name
+                    "test": [{"video": "c_0_9.avi", "texts": ["a dog"]}]}),
+    ("tgif_action", {"Train_action_question.csv": DOES, "Total_action_question.csv": DOES, **SMALL},
      {"train": [{**GIF, "question": "q, 4 ?", **FIVE, "answer": 2}]}),                   # Tab. 2a
-    ("tgif_frameqa", {"Train_frameqa_question.csv": HOW_MANY}, GIFS, {"answers": [["two"]],
-     "train": [{**GIF, "question": "q ?", "answer": "two", "kind": "number"}]}),
-    ("tgif_frameqa", {"frameqa_test.jsonl": jsonl({"gif_name": "n_400", **WHO})}, GIFS,
-     {"test": [{**GIF, "question": "who?", "answer": "a", "kind": "what"}]}),
-    ("tvqa", {"tvqa_val.jsonl": jsonl({**ASKED, "ts": "7.5-20"}, {**ASKED, "ts": "nan-nan"}),
-              "tvqa_test_public.jsonl": jsonl({**ASKED, "answer_idx": None})},
-     [f"{MET}/00001.jpg"], {"test": [{**WHY, "start": 7.5, "end": 20}, WHY]}),           # App. A
-    ("lsmdc", {"LSMDC16_challenge_1000_publictect.csv": f"{CUT}\n"}, [f"BATTLE_LA/{LONG}.avi"],
+    ("tgif_frameqa", {"Train_frameqa_question.csv": HOW_MANY,
+                      "frameqa_test.jsonl": jsonl({"gif_name": "n_400", **WHO})},
+     {"train": [{**GIF, "question": "q ?", "answer": "two", "kind": "number"}], "answers": [
+         ["two"]], "test": [{**GIF, "question": "who?", "answer": "a", "kind": "what"}]}),
+    ("tvqa", {"tvqa_val.jsonl": jsonl({**WHY, "ts": "7.5-20"}, {**WHY, "ts": "nan-nan"}),
+              "tvqa_test_public.jsonl": jsonl({**WHY, "answer_idx": None})},
+     {"test": [{**MET, "start": 7.5, "end": 20}, MET]}),                                 # App. A
+    ("lsmdc", {"LSMDC16_challenge_1000_publictect.csv": f"{CUT}\n"},
      {"test": [{"video": f"BATTLE_LA/{LONG}.avi", "text": '"Hi, SOMEONE'}]}),
     ("lsmdc_mc", {f"LSMDC16_multiple_choice_{split}.csv": f"{CUT}\tb\tc\td\te{end}\n"
                   for split, end in (("train", ""), ("valid", ""), ("test_randomized", "\t5"))},
-     [f"{LONG}.avi"],                                                                    # Tab. 4b
      {split: [{"video": f"{LONG}.avi", "options": ['"Hi, SOMEONE', *"bcde"], "answer": answer}]
-      for split, answer in (("train", 0), ("val", 0), ("test", 4))}),
-    ("didemo", {"test_data.json": MOMENTS}, ["1@N_2.mov.mp4", "4@N.avi"],                # Tab. 3c
-     {"test": [{"video": "1@N_2.mov.mp4", "text": "a cat it r"},
-               {"video": "4@N.avi", "text": "dog"}]}),
-    ("activitynet", {"val_1.json": DANCE, "val_2.json": DANCE}, ["QOl/000.jpg"],         # Tab. 3b
-     {"test": [{"video": "QOl", "text": "A woman dances. She turns."}]}),
-    ("activitynet", {"val1.jsonl": jsonl({"clip_name": "n_400", "caption": "One. Two."})}, GIFS,
-     {"test": [{**GIF, "text": "One. Two."}]}),
-    ("vcr_qa", VCR, [ANSWER["video"]], {"test": [ANSWER]}),                       # Tab. 5, Fig. 5
-    ("vcr_qar", VCR, [ANSWER["video"]], {"test": [REASON]}),
+      for split, answer in (("train", 0), ("val", 0), ("test", 4))}),                    # Tab. 4b
+    ("didemo", {"test_data.json": MOMENTS}, {"test": [                                   # Tab. 3c
+        {"video": "1@N_2.mov.mp4", "text": "a cat it r"}, {"video": "4@N.avi", "text": "dog"}]}),
+    ("activitynet", {"train.jsonl": jsonl({"clip_name": "n_400", "caption": "One. Two."}),
+                     "val_1.json": DANCE, "val_2.json": DANCE},                          # Tab. 3b
+     {"train": [{**GIF, "text": "One. Two."}],
+      "test": [{"video": "QOl", "text": "A woman dances. She turns."}]}),
+    *[(name, VCR, {"test": [{"video": VCR_ROW["img_fn"], **sample}]}) for name, sample in (
+        ("vcr_qa", {"question": "Why near person 0 ?", "answer": 1, "kind": "Q→A", "boxes":
+                    BOXES[:3], "options": ["He is", "dog 1 ran", "bottle 2 ran", "no"]}),
+        ("vcr_qar", {"question": "Why near person 0 ? dog 1 ran", "answer": 0, "kind": "QA→R",
+                     "boxes": [BOXES[0], BOXES[1], BOXES[3]],   # of whom its own words tell
+                     "options": ["person 0 cup 3 run", *"abc"]}))],               # Tab. 5, Fig. 5
     ("kinetics400", {"train.csv": f'{KINETICS},split\n"arm wrestling",-3B,59,69,train\n',
-                     "validate.csv": f"{KINETICS}\nyoga,-3B,59,69\n"}, [YOGA], {       # Tab. 12
+                     "validate.csv": f"{KINETICS}\nyoga,-3B,59,69\n"}, {               # Tab. 12
         "train": [{"video": YOGA, "answer": "arm wrestling"}], "answers": [["arm wrestling"]],
         "test": [{"video": YOGA, "answer": "yoga"}]}),
     ("hmdb51", {"brush_hair_test_split1.txt": "a#1.avi 1 \nb.avi 2 \nc.avi 0 \n",
                 "brush_hair_test_split2.txt": "b.avi 1 \n", "run_test_split1.txt": "b.avi 2\n"},
-     ["brush_hair/a#1.avi", "brush_hair/b.avi", "run/b.avi"],             # one name in two folders
      {"train": [{"video": "brush_hair/a#1.avi", "answer": "brush hair"}], "answers": [[
          "brush hair"]], "test": [{"video": "brush_hair/b.avi", "answer": "brush hair"},
                                   {"video": "run/b.avi", "answer": "run"}]}),
-    ("ego4d_mc", {"mc_val.csv": f"question,answers\n{PAN}\n"}, ["u-1.mp4"],              # Tab. 13
-     {"test": [{"video": "u-1.mp4", "start": 8, "end": 12, "options": ["cuts", "#C C's pan"],
-                "answer": 1}]})])
-def test_published_files_become_manifests(release, name, notes, clips, expected):
+    ("ego4d_mc", {"mc_val.csv": f"question,answers\n{PAN}\n"}, {"test": [                # Tab. 13
+        {"video": "u-1.mp4", "start": 8, "end": 12, "options": ["cuts", "#C C's pan"],
+         "answer": 1}]})])
+def test_published_files_become_manifests(release, name, notes, expected):
+    """Of the clips, those that are expected are on disk, a folder's as its first frame."""
+    videos = {sample["video"] for split, samples in expected.items() if split != "answers"
+              for sample in samples}
+    clips = [video if "." in video else f"{video}/000.jpg" for video in videos]
     assert release(name, notes, clips) == expected
 
 
-def test_what_a_download_lacks_is_counted_and_named(release, capsys, monkeypatch):
-    release("webvid", WEBVID, WEBVID_CLIPS)
+def test_what_a_download_lacks_is_counted_and_named(release, capsys):
+    release("webvid", WEBVID, [CAR["video"]])
     assert re.search(r"train: 1 samples of 1 clips not under .*clips, such as 000001_000050/8\n"
                      r"train: 1 samples of 1 clips without text", capsys.readouterr().out)
-    monkeypatch.setitem(data.COMMONEST, "msrvtt_qa", 2)
-    out = release("msrvtt_qa", {"train_qa.json": WHAT}, ["video6513.mp4"])
-    assert out["answers"] == [["man", "zebra"]]
+    many = [{**WHAT[0], "answer": f"{i % 1600}"} for i in range(3000)]           # Sec. 4.2.1
+    answers = release("msrvtt_qa", {"train_qa.json": many}, ["video6513.mp4"])["answers"]
+    assert answers == [[f"{i}" for i in range(1500)]]
 
 
 def test_a_caption_file_larger_than_memory_is_read_in_pieces(tmp_path):
@@ -1331,8 +1328,7 @@ def test_a_caption_file_larger_than_memory_is_read_in_pieces(tmp_path):
 @pytest.mark.parametrize("name, notes, message", [
     ("imagenet", {}, "imagenet.*webvid, howto100m"),
     ("didemo", {"readme.txt": ""}, "no annotation file is named so; expected SPLIT_data.json"),
-    ("didemo", {"test_data.json": "[{"}, "test_data.json: not as published.*Expecting"),
-    ("didemo", {"test_data.json": [{"video": "a"}]}, "test_data.json: not as published.*SPLIT_"),
+    ("didemo", {"test_data.json": "[{"}, "test_data.json: not as published.*Expecting.*SPLIT_"),
     ("didemo", {"val_data.json": [{"video": "a.mp4", "description": ""}]}, "such as a.mp4"),
     ("howto100m", {"caption.json": json.dumps({"a": HOWTO})[:-1]}, "caption.json.*its end"),
     ("vcr_qa", {"../out/train.jsonl": ""}, "lie in --out"),
@@ -1346,9 +1342,8 @@ def test_what_is_wrong_is_said_in_one_line(release, name, notes, message, tmp_pa
 
 
 def test_own_tables_and_folders_are_manifests(tmp_path):
-    clip = tmp_path / "sub" / "a.mp4"
-    clip.parent.mkdir()
-    clip.write_text("")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.mp4").write_text("")
     for name, content, columns, expected in [
             ("a.csv", 'path,caption\nsub/a.mp4,"a ""red"" dog,\nruns"\n', (),
              {"text": 'a "red" dog, runs'}),
@@ -1359,10 +1354,9 @@ def test_own_tables_and_folders_are_manifests(tmp_path):
             ("sub/a.txt", "a cat\n sleeps", (), {"text": "a cat sleeps"}),
             ("sub/a.json", '{"caption": "a cat", "clips": [[0, 1]]}', (), {"text": "a cat"})]:
         (tmp_path / name).write_text(content)             # .json as video2dataset has it
-        manifest = Manifest(tmp_path / name.partition("/a.")[0], columns)
-        sample = manifest[0]
-        assert sample.pop("where").startswith(f"{tmp_path / name}:") and len(manifest) == 1
-        assert sample == {**expected, "video": str(clip)}
+        (sample,) = Manifest(tmp_path / name.partition("/a.")[0], columns)
+        assert sample.pop("where").startswith(f"{tmp_path / name}:")
+        assert sample == {**expected, "video": str(tmp_path / "sub" / "a.mp4")}
     with pytest.raises(DataError, match="c.csv:2: lacks \"video\"; its keys are"):
         Manifest(tmp_path / "c.csv")
     clips = clips_of(tmp_path, [{"video": "a.mp4", "caption": "a cat"}])
@@ -1602,7 +1596,7 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(
     assert code == 0 and "resuming" in printed, printed
     same_bits(out, unkilled(task, processes))
     print(f"{kills} kills, {in_write} of them during a checkpoint write")
-    assert in_write or not FULL
+    assert in_write or not FULL or kill == signal.SIGTERM           # which lets it finish
 
 
 @pytest.mark.skipif(not FULL, reason="FULL=1 runs it: torchrun starts six processes")
