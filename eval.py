@@ -81,8 +81,7 @@ def joined_processes():
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
-        # torchrun's store outlives a crash: without a prefix a restarted worker would be led to the
-        # addresses that the killed one had left in it
+        # torchrun's store outlives a crash, with the addresses that a killed worker left in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
@@ -102,17 +101,15 @@ def in_all_processes(part: list) -> list:
 
 def checkpoint_model(content: dict, path, vocab: str = "bert-base-uncased", say=print,
                      answers: list[str] | None = None, **overrides):
-    """(model, its tokenizer, its answers) of what read_weights(path) gave, ours or the authors'.
-    vocab: for the authors' file, which carries no tokenizer. answers: what the model is to learn to
-    answer; a head for others is not taken over. overrides: fields of Config, e.g. frames=8 for
-    Tab. 12; tables of positions are fitted. ValueError for other files."""
+    """(model, tokenizer, answers) of what read_weights(path) gave, else ValueError.
+    vocab: for the authors' file, which carries no tokenizer. answers: what is to be learnt; a head
+    for others is not taken over. overrides: fields of Config, e.g. frames=8 for Tab. 12."""
     answers = content.get("answers") if answers is None else answers
     overrides["answers"] = len(answers or [])
     if "sizes" in content:
         sizes, weights = content["sizes"], content.get("model")
         if weights is None or "tokenizer" not in content or sizes.keys() - vars(Config()).keys():
-            raise ValueError(f"{path}: a checkpoint of another version of train.py, or damaged; "
-                             "it needs model, sizes and tokenizer as this version writes them")
+            raise ValueError(f"{path}: a checkpoint of another version of train.py, or damaged")
         model = AllInOne(replace(Config(**sizes), **overrides))
         tokenizer = Tokenizer.from_json(content["tokenizer"])
         if (content.get("answers"), sizes["answer_head"]) != (answers, model.config.answer_head):
@@ -173,9 +170,8 @@ def text_embedding(model: AllInOne, ids: Tensor, mask: Tensor | None = None) -> 
 
 
 def score_pretraining(model: AllInOne, batch: dict, objectives: tuple = ("mlm", "vtm")):
-    """VTM and MLM (Sec. 3.3): two joint passes as one of twice the rows.
-    Returns (logits of the masked words (M, |V|), logits of matching (B, 2), text and video features
-    of VTM's pass); what is no objective is None."""
+    """VTM and MLM (Sec. 3.3), two joint passes as one: (logits of the masked words (M, |V|), logits
+    of matching (B, 2), text and video features of VTM's pass); what is no objective is None."""
     B, video = len(batch["text_ids"]), model.embed_video(batch["video"])  # (B, S, 1+n, D)
     passes = [(video, batch["mlm_ids"])] if "mlm" in objectives else []
     passes += [(video[batch["vtm_source"]], batch["text_ids"])] if "vtm" in objectives else []
@@ -276,8 +272,7 @@ class Scorer:
 
     def read(self, indices=None, size: int = 0):
         """Yields (collated items, their tensors by view) of this process's share, each sample once.
-        Nothing is padded or dropped whatever the number of processes; a pass is of neighbouring
-        samples of one manifest. A model that draws at random is seeded by sample, one a pass."""
+        A pass is of neighbours in one manifest; of one, by which it is seeded, if a model draws."""
         c, manifest, keys = self.model.config, self.clips.manifest, []
         by_chance = "random" in (c.patch_order, c.roll_select)
         size = 1 if by_chance else size or self.config.batch
@@ -302,9 +297,8 @@ class Scorer:
 
     @torch.no_grad()
     def features(self, encode: typing.Callable, path: Path | None) -> dict[int, Tensor]:
-        """{sample: encode(model, view)} of all clips that can be read, computed once.
-        They are kept in the file `path` as long as weights and model are the same, for clips that
-        have not changed. It is written every CHUNK clips: a killed run goes on."""
+        """{sample: encode(model, view)} of all clips that can be read. The file `path` keeps them
+        while weights, model and clip are the same, written so often that a killed run goes on."""
         model, clips = self.model, self.clips
         weights = zlib.crc32(b"".join(
             p.detach().cpu().numpy().tobytes() for name, p in model.named_parameters()
@@ -426,10 +420,8 @@ def predict(task: str, scores: Tensor, label: int, answers: list[str] | None) ->
 
 
 def ranked(scores: Tensor, own: Tensor) -> list[tuple[float, dict[int, float]]]:
-    """For each query the rank of its first right candidate, and {k: % that one is among k}: what to
-    expect if ties are broken at random.
-    scores: (Q, G). own: bool (Q, G), True where a candidate is right: several captions of a clip,
-    or none, if the answer is unknown."""
+    """For each query (rank of its first right candidate, {k: % that one is among the first k}), as
+    expected if ties are broken at random. scores: (Q, G). own: bool (Q, G), which are right."""
     best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     tied, found = scores == best, []
     counts = (scores > best).sum(1), (tied & ~own).sum(1), (tied & own).sum(1)
@@ -494,10 +486,9 @@ def score_retrieval(scorer: Scorer) -> list[dict]:
 
 
 def rerank(scorer: Scorer, cosine: Tensor, captions: list, once: Tensor, index) -> list[Tensor]:
-    """The scores (T, N) of each direction: VTM's matched logit, above every cosine, of the best
-    --rerank of each query by cosine, with whoever ties with the last of them; else the cosine.
-    captions: T tuples of ids. once: (T,), for each the first one of the same words, which alone is
-    scored. index: the N clips' numbers."""
+    """For each direction scores (T, N): of the best --rerank of each query, and ties with the last,
+    VTM's matched logit, raised above every cosine; else the cosine. captions: T tuples of ids;
+    once: (T,), the first of the same words, which alone is scored. index: the N clips' numbers."""
     model, config, found = scorer.model, scorer.config, []
     column = {i: v for v, i in enumerate(index)}
     chosen = [cosine >= cosine.topk(min(config.rerank, cosine.shape[dim]), dim).values.amin(
@@ -644,8 +635,7 @@ def video_manifest(config: EvalConfig) -> str:
                 spans = [{"start": t, "end": min(t + config.window, end)} for t in begins]
             lines += [json.dumps(kept | span | asked) + "\n" for span in spans]
     if not lines:
-        raise DataError(f"--video {' '.join(config.video)}: no clip there; expected files, folders "
-                        "or manifests")
+        raise DataError(f"--video {' '.join(config.video)}: no clip there")
     place = temporary("".join(lines), ".jsonl")
     with replacing(place) as file:
         file.write("".join(lines).encode())
@@ -653,8 +643,7 @@ def video_manifest(config: EvalConfig) -> str:
 
 
 @torch.no_grad()
-def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, device,
-        say) -> list[dict]:
+def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, device, say) -> list:
     """--task fill, match, ask, explain, attention or search on the clips of --video: prints and
     returns the results; --out DIR gets a picture of each clip (search: of each text)."""
     task = {"ask": "qa", "search": "probe"}.get(config.task, "retrieval")
@@ -783,8 +772,8 @@ def summarise(predictions: list[dict], resamplings: int = 0) -> dict[str, dict[s
 
 
 def report(result: dict, config: EvalConfig, model: Config, say=print) -> dict[str, float]:
-    """Prints how samples were scored, a table by kind, what is lacking, and README's row with the
-    paper's numbers for a data set of that name. Returns {kind: average of its first metric}."""
+    """Prints how samples were scored, a table by kind, what is lacking, and the paper's numbers.
+    Returns {kind: average of its first metric}."""
     ways = {name: getattr(config, name) for name in ("order", "clips", "rerank")}
     say(f"\n{config.task} on {', '.join(map(str, config.data))}; {model.frames} frames" + "".join(
         f"; --{name} {way}" for name, way in ways.items() if way != getattr(EvalConfig, name)))
@@ -903,9 +892,7 @@ def main(argv: list[str] | None = None) -> None:
              "several --text are for --task match and search"),
             (min(config.batch, config.clips) < 1, "--batch and --clips must be 1 or more"),
             (config.rerank and task not in ("retrieval", "search"),
-             "--rerank is for --task retrieval and search"),
-            (not path.exists(), f"--checkpoint {path}: no such file; python train.py --task "
-                                "pretrain makes the proof run's in four minutes")):
+             "--rerank is for --task retrieval and search")):
         if wrong:
             parser.error(message)
     with joined_processes() as device:
