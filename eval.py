@@ -453,12 +453,11 @@ def score_retrieval(scorer: Scorer) -> list[dict]:
         video = sum(video_embedding(model, view) for view in views) / len(views)            # (B, E)
         text = text_embedding(model, views[0]["text_ids"], views[0]["text_mask"]).cpu()     # (T, E)
         check_scores(video, items["where"])
-        ids = [tuple(row[mask].tolist()) for row, mask in zip(items["text_ids"],
-                                                              items["text_mask"])]
         for i, index in enumerate(items["index"].tolist()):
-            own = (items["text_clip"] == i).nonzero()[:, 0]
-            rows.append((index, items["where"][i], video[i].cpu(), text[own],
-                         [ids[t] for t in own]))
+            own = items["text_clip"] == i
+            ids = [tuple(row[mask].tolist()) for row, mask in zip(items["text_ids"][own],
+                                                                  items["text_mask"][own])]
+            rows.append((index, items["where"][i], video[i].cpu(), text[own], ids))
     rows = sorted(in_all_processes(rows), key=lambda row: row[0])
     if not rows:
         return []
@@ -479,9 +478,8 @@ def score_retrieval(scorer: Scorer) -> list[dict]:
             ("video to text", by_video.T, own.T, where, names)):
         for query, best, (rank, hits) in zip(asked, scores.argmax(1), ranked(scores, right)):
             metrics = {f"R@{k} %": hit for k, hit in hits.items()}
-            metrics |= {"median rank": rank, "mean rank": rank}
-            predictions.append({"where": query, "kind": kind, "best": gallery[best],
-                                "metrics": metrics})
+            predictions.append({"where": query, "kind": kind, "best": gallery[best], "metrics": {
+                **metrics, "median rank": rank, "mean rank": rank}})
     return predictions
 
 
@@ -789,9 +787,9 @@ def report(result: dict, config: EvalConfig, model: Config, say=print) -> dict[s
         say(f"INCOMPLETE: {len(result['unreadable'])} of {result['samples']} samples unreadable:",
             *result["unreadable"], sep="\n  ")
     name, readme = Path(config.data[0]).absolute().parent.name, Path(__file__).parent / "README.md"
-    row = rf"^\| (?:[^|]*\W)?{re.escape(name)}\b[^|]*\| {config.task}\b.*"
-    if readme.exists() and (row := re.search(row, readme.read_text(), re.M)):
-        say(f"paper: {row[0]}")
+    row = rf"^\| (?:[^|]*\W)?{re.escape(name)}\b[^|]*\| {config.task}\b.*"     # of its data sets
+    if readme.exists() and (found := re.search(row, readme.read_text("utf-8"), re.M)):
+        say(f"paper: {found[0]}")
     return {kind: next(iter(columns.values()))[0] for kind, columns in table.items()}
 
 
@@ -858,8 +856,8 @@ def profile(sizes: dict, batch: int) -> None:
 
 def scale() -> None:
     """`--task scale`: search by cosine against joint passes (Tab. 14), on made-up features."""
-    queries, speed = torch.randn(64, Config.vtc_dim), measure_throughput(
-        Config(), torch.device("cpu"), 1)
+    queries = torch.randn(64, Config.vtc_dim)
+    speed = measure_throughput(Config(), torch.device("cpu"), 1)
     print("clips      index MB  ms a query  of bandwidth  queries/s in 64  joint passes")
     for size in (10_000, 100_000, 1_000_000):
         gallery = torch.randn(size, Config.vtc_dim)
