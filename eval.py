@@ -305,7 +305,11 @@ class Scorer:
             if not name.startswith("answer_head")))
         sizes = replace(model.config, answers=0, answer_head="paper")
         key = str([weights, encode.__name__, sizes, clips.squash, clips.boxes, self.config.order])
-        content = read_weights(path) if path and path.exists() else {"key": ""}
+        try:
+            content = read_weights(path) if path and path.exists() else {"key": ""}
+        except ValueError as error:                    # no more than a cache
+            self.say(f"{error}: computed anew")
+            content = {"key": ""}
         if "key" not in content:
             raise ValueError(f"{path}: holds no features; name another file to keep them in")
         kept = dict(zip(content["names"], content["features"])) if content["key"] == key else {}
@@ -444,10 +448,13 @@ def add_majority(predictions: list[dict]) -> None:
 
 # ---- Retrieval (Sec. 4.2.2, Tab. 3, Tab. 7) -----------------------------------------------------
 
+BLOCK = 2 ** 24                   # cosines in memory at once; --rerank needs all of them
+
+
 def score_retrieval(scorer: Scorer) -> list[dict]:
     """Each clip and each caption encoded once, alone; cosines; --rerank by the joint pass.
     Returns one prediction for each caption (kind "text to video") and each clip ("video to text").
-    Each process holds the cosines of all T captions and N clips: of 30,000 x 3,000 0.4 GB."""
+    """
     model, rows, first = scorer.model, [], {}
     for items, views in scorer.read():
         video = sum(video_embedding(model, view) for view in views) / len(views)            # (B, E)
@@ -465,28 +472,33 @@ def score_retrieval(scorer: Scorer) -> list[dict]:
     captions = [words for own in ids for words in own]
     once = torch.tensor([first.setdefault(words, t) for t, words in enumerate(captions)])
     # equal captions tie exactly and, since products in float64 are rounded, so do equal clips
-    cosine = (torch.cat(texts)[once].double() @ torch.stack(videos).double().T).float()     # (T, N)
-    clip = torch.arange(len(rows)).repeat_interleave(torch.tensor([*map(len, ids)]))        # (T,)
-    own = clip[:, None] == torch.arange(len(rows))
+    texts, videos = torch.cat(texts)[once].double(), torch.stack(videos).double()
+    number = torch.arange(len(rows))                                                        # (N,)
+    clip = number.repeat_interleave(torch.tensor([*map(len, ids)]))                         # (T,)
     names = [f"{name}#{k}" for name, words in zip(where, ids) for k in range(len(words))]
-    by_text, by_video = cosine, cosine
+    joint = [None, None]
     if scorer.config.rerank:
-        by_text, by_video = rerank(scorer, cosine, captions, once, index)
+        joint = rerank(scorer, (texts @ videos.T).float(), captions, once, index)
     predictions = []
-    for kind, scores, right, asked, gallery in (
-            ("text to video", by_text, own, names, where),
-            ("video to text", by_video.T, own.T, where, names)):
-        for query, best, (rank, hits) in zip(asked, scores.argmax(1), ranked(scores, right)):
-            metrics = {f"R@{k} %": hit for k, hit in hits.items()}
-            predictions.append({"where": query, "kind": kind, "best": gallery[best], "metrics": {
-                **metrics, "median rank": rank, "mean rank": rank}})
+    for kind, scores, asked, of, queries, gallery, own, candidates in (
+            ("text to video", joint[0], names, clip, texts, where, number, videos),
+            ("video to text", joint[1], where, number, videos, names, clip, texts)):
+        for part in torch.arange(len(asked)).split(max(1, BLOCK // len(gallery))):
+            block = (queries[part] @ candidates.T).float() if scores is None else scores[part]
+            found = ranked(block, of[part, None] == own)
+            for query, best, (rank, hits) in zip(part.tolist(), block.argmax(1).tolist(), found):
+                metrics = {f"R@{k} %": hit for k, hit in hits.items()}
+                metrics |= {"median rank": rank, "mean rank": rank}
+                predictions.append({"where": asked[query], "kind": kind, "best": gallery[best],
+                                    "metrics": metrics})
     return predictions
 
 
 def rerank(scorer: Scorer, cosine: Tensor, captions: list, once: Tensor, index) -> list[Tensor]:
-    """For each direction scores (T, N): of the best --rerank of each query, and ties with the last,
-    VTM's matched logit, raised above every cosine; else the cosine. captions: T tuples of ids;
-    once: (T,), the first of the same words, which alone is scored. index: the N clips' numbers."""
+    """Scores (T, N) of texts and (N, T) of videos: of the best --rerank of each query, and ties
+    with the last, VTM's matched logit, raised above every cosine; else the cosine. captions: T
+    tuples of ids; once: (T,), the first of the same words, which alone is scored; index: the N
+    clips' numbers."""
     model, config, found = scorer.model, scorer.config, []
     column = {i: v for v, i in enumerate(index)}
     chosen = [cosine >= cosine.topk(min(config.rerank, cosine.shape[dim]), dim).values.amin(
@@ -509,7 +521,8 @@ def rerank(scorer: Scorer, cosine: Tensor, captions: list, once: Tensor, index) 
     for part, v, logits in in_all_processes(found):
         matched[part, v] = logits
     matched = (matched - matched.nan_to_num(torch.inf).min() + 2)[once]
-    return [torch.where(best & ~matched.isnan(), matched, cosine) for best in chosen]
+    by_text, by_video = (torch.where(best & ~matched.isnan(), matched, cosine) for best in chosen)
+    return [by_text, by_video.T]
 
 
 # ---- On any video: fill, match, ask, explain, attention, search (Sec. 4.6, Fig. 4, 6, 11) --------
@@ -605,7 +618,7 @@ def attention(scorer: Scorer, clip: dict) -> dict:
         rolled = (origins(model, S, d) != torch.arange(S)[:, None]).to(patches.device)
         own, other = float(patches[~rolled].sum()), float(patches[rolled].sum())
         ratio = other / own * float((~rolled).sum() / rolled.sum()) if rolled.any() else 0.0
-        blocks.append({"block": d, "text": float(text[:m].sum() / m), "cls": float(cls.sum()),
+        blocks.append({"step": d, "text": float(text[:m].sum() / m), "cls": float(cls.sum()),
                        "own": own, "rolled": other, "per_patch": ratio})
     return {"blocks": blocks}
 
@@ -672,9 +685,12 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
             pictures[picture] += rows
     for line in scorer.unreadable():
         say(f"left out: {line}")
-    for rows in zip(*(result.get("blocks", ()) for _, _, result in found)):
-        say(", ".join(f"{name} {sum(row[name] for row in rows) / len(rows):.3f}"
-                                 for name in rows[0]))                 # the mean of all clips
+    blocks = [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+              for rows in zip(*(result.get("blocks", ()) for _, _, result in found))]
+    for block in blocks:                                       # the mean of all clips
+        say("block " + ", ".join(f"{name} {value:.3f}" for name, value in block.items()))
+    if config.out and dist.get_rank() == 0:
+        save_curves(Path(config.out) / "attention.png", blocks, ("text", "cls", "own", "rolled"))
     for number, rows in enumerate(pictures.values(), start=1):
         save_picture(Path(config.out) / f"{config.task}-{number}.png", rows)
     return [result for _, _, result in found]
@@ -735,14 +751,14 @@ def save_picture(path: Path, rows: list[tuple[str, list[Tensor]]], side: int = 1
     sheet.save(path)
 
 
-def save_curves(path: Path, lines: list[dict], size=(640, 360)) -> None:
-    """A PNG of a log's losses and accuracies by "step", each by its greatest."""
+def save_curves(path: Path, lines: list[dict], names: tuple = (), size=(640, 360)) -> None:
+    """A PNG of `names` (of a log: losses and accuracies) by "step", each by its greatest."""
     if not lines:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet, last = Image.new("RGB", size, "white"), lines[-1]
     draw, colours = ImageDraw.Draw(sheet), ("red", "blue", "green", "orange", "purple", "black")
-    names = [name for name in last if f"{name.removesuffix('_accuracy')}_accuracy" in last]
+    names = names or [name for name in last if f"{name.removesuffix('_accuracy')}_accuracy" in last]
     for k, name in enumerate(names):
         points = [(line["step"] / last["step"], line[name]) for line in lines if name in line]
         most = max(value for _, value in points) or 1.0
@@ -895,6 +911,9 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(message)
     with joined_processes() as device:
         say = print if dist.get_rank() == 0 else lambda *_, **__: None
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; give --checkpoint, or make the proof run's in "
+                             "four minutes: python train.py --task pretrain")
         content = read_weights(path)
         model, tokenizer, answers = checkpoint_model(content, path, config.vocab, say, **sizes)
         trained = content.get("config", {})

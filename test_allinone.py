@@ -2016,7 +2016,7 @@ def test_what_a_model_draws_at_random_does_not_depend_on_the_batch(flag, clips, 
 @pytest.mark.parametrize("task, flags, count, drawn", [
     ("retrieval", ["--rerank", 3, "--batch", 3], 21, 0), ("choice", ["--batch", 3], 7, 0),
     ("pretrain", [], 21, 0), ("explain", ["--text", "white [MASK] while red"], 7, 7),
-    ("attention", [], 7, 7),
+    ("attention", [], 7, 8),
     ("search", ["--text", "white ring", "a square", "--rerank", 2, "--top", 4], 8, 2)])
 def test_two_processes_find_exactly_what_one_finds(
         task, flags, count, drawn, clips, strong, tmp_path):
@@ -2084,8 +2084,9 @@ def test_pretraining_is_scored_by_each_clip_and_each_masked_word(clips, strong, 
 
 @pytest.mark.parametrize("best, views", [(0, 1), (1, 1), (2, 1), (99, 3), (0, 3)])
 def test_retrieval_ranks_by_cosine_and_its_best_by_vtms_matched_logit(best, views, clips, strong,
-                                                                      tmp_path):
+                                                                      tmp_path, monkeypatch):
     """Each side alone, without padding; of both directions the best by their own cosines."""
+    monkeypatch.setattr(eval, "BLOCK", 30)                       # two or four queries at once
     predictions = predicted("retrieval", [clips / "retrieval.jsonl"], strong, tmp_path / "p",
                             "--rerank", best, "--clips", views, "--batch", 3)
     model, samples = opened(strong, clips / "retrieval.jsonl", "retrieval")
@@ -2197,6 +2198,9 @@ def test_a_killed_extraction_goes_on_and_several_manifests_keep_their_numbers(
         assert torch.allclose(one["feature"], model.encode_video(item["video"][None])[0, 0],
                               atol=1e-4)
         assert (one["label"], one["where"]) == (item["label"], item["where"])
+    (tmp_path / "features.pt").write_bytes(b"damaged")           # no more than a cache
+    seen.clear()
+    assert len(extract()[0]) == len(seen) == 31
 
 
 def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run, tmp_path):
@@ -2321,6 +2325,8 @@ def test_explain_and_attention_share_out_a_whole(temporal, clips, strong, tmp_pa
     for row in found["blocks"]:
         assert sum(row[name] for name in ("text", "cls", "own", "rolled")) == pytest.approx(1)
         assert (row["rolled"] > 0) == (temporal == "token_rolling")
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.size == (640, 360)
 
 
 def test_windows_are_cut_between_the_start_and_end_of_a_line(tmp_path):
