@@ -688,7 +688,8 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
     blocks = [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
               for rows in zip(*(result.get("blocks", ()) for _, _, result in found))]
     for block in blocks:                                       # the mean of all clips
-        say("block " + ", ".join(f"{name} {value:.3f}" for name, value in block.items()))
+        say(f"block {block['step']:.0f}: " + ", ".join(
+            f"{name} {value:.3f}" for name, value in block.items() if name != "step"))
     if config.out and dist.get_rank() == 0:
         save_curves(Path(config.out) / "attention.png", blocks, ("text", "cls", "own", "rolled"))
     for number, rows in enumerate(pictures.values(), start=1):
