@@ -94,11 +94,6 @@ class Manifest:
     def __len__(self):
         return self.ends[-1]
 
-    @cached_property
-    def images(self):
-        """For each manifest, whether its lines are images, as its first one is."""
-        return [is_image(self[end - size]) for end, size in zip(self.ends, self.sizes)]
-
     def locate(self, i):
         """(which manifest, line of it from 0) of sample i."""
         which = bisect.bisect_right(self.ends, i)
@@ -220,8 +215,9 @@ def json_lines(path, columns=()):
 def own_samples(path, columns=()):
     """Samples of a person's own table or folder, with absolute paths and "where" = "file:line".
     A column is named as its field, as `columns` says or as in ALSO_CALLED; others are not read.
-    Numbers and lists are as Python writes them: 1.5, ['a', 'b']. DataError if not as FIELDS."""
-    said = dict(column.lower().split("=", 1) for column in columns)
+    Numbers and lists are as Python writes them: 1.5, ['a', 'b']. DataError if not as FIELDS. Rows
+    whose caption is empty are left out and counted."""
+    said, wordless = dict(column.lower().split("=", 1) for column in columns), 0
     for where, row in own_rows(path):
         cells = {str(key).lower(): value for key, value in row.items() if value not in (None, "")}
         sample = {}
@@ -234,24 +230,38 @@ def own_samples(path, columns=()):
             sample[field] = value
         sample = {"where": where} | checked(sample, where)
         video = need(cells | sample, "video")
+        present = {str(key).lower() for key in row}
+        has_caption = present & {said.get("text"), "text", *ALSO_CALLED["text"]}
+        if has_caption and not texts_of(sample) and "answer" not in sample:
+            wordless += 1
+            continue
         yield sample | {"video": str(path.absolute().parent / video)}
+    if wordless:
+        print(f"{path}: left out {wordless} rows without a caption", file=sys.stderr)
 
 
 def own_rows(path):
     """(where, row) of a table, or of each clip below a folder that has a caption beside it, .json
-    (as video2dataset leaves it) or .txt."""
-    if not path.is_dir():
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            yield from ((f"{path}:{table.line_num}", row) for row in table)
-        return
-    for clip in sorted(p for p in path.rglob("*") if p.suffix.lower() in MEDIA):
-        notes, text = clip.with_suffix(".json"), clip.with_suffix(".txt")
-        video = {"video": str(clip.absolute())}
-        if notes.is_file():
-            yield f"{notes}:1", json.loads(notes.read_text("utf-8")) | video
-        elif text.is_file():
-            yield f"{text}:1", {"text": text.read_text("utf-8")} | video
+    (as video2dataset leaves it) or .txt; a picture beside a clip of its name is a thumbnail."""
+    try:
+        if not path.is_dir():
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+                yield from ((f"{path}:{table.line_num}", row) for row in table)
+            return
+        clips = {}
+        for clip in sorted(p for p in path.rglob("*") if p.suffix.lower() in MEDIA):
+            if clip.with_suffix("") not in clips or clip.suffix.lower() not in IMAGES:
+                clips[clip.with_suffix("")] = {"video": str(clip.absolute())}
+        for stem, video in clips.items():
+            notes, path = Path(f"{stem}.json"), Path(f"{stem}.txt")
+            if notes.is_file():
+                path = notes
+                yield f"{path}:1", json.loads(path.read_text("utf-8")) | video
+            elif path.is_file():
+                yield f"{path}:1", {"text": path.read_text("utf-8")} | video
+    except (ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def tidy(value):
@@ -375,7 +385,7 @@ def decode(path, pick, size=None, start=None, end=None, fps=None):
             # The plain decode from the first frame is the definition of a clip's frames: where the
             # plan fails it either succeeds or says what is wrong with the file.
             return chosen(*serial_frames(path))
-    except (av.FFmpegError, ValueError, OSError) as error:
+    except (av.FFmpegError, ValueError, OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Unreadable(f"{path}: cannot be decoded ({reason}); replace or re-encode it"
                          ) from error
@@ -720,16 +730,16 @@ MIN_WINDOW = 4.0        # seconds to which a drawn caption's window is widened, 
 MAX_SKIPS = 100         # unreadable lines in a row after which training cannot be meant to go on
 
 
-def answers_of(paths):
+def answers_of(manifest):
     """The classes of open-ended QA (Sec. 4.2.1) and probes: answers.json beside the first training
     manifest, as `convert` writes it, else every answer of the manifests, the commonest first."""
-    listed = Path(paths[0]).parent / "answers.json"
+    listed = Path(manifest.names[0]).parent / "answers.json"
     if listed.is_file():
         return json.loads(listed.read_text(encoding="utf-8"))
-    count = collections.Counter(sample.get("answer") for sample in Manifest(paths))
+    count = collections.Counter(sample.get("answer") for sample in manifest)
     answers = [answer for answer, _ in count.most_common() if isinstance(answer, str)]
     if not answers:
-        raise DataError(f'{paths[0]}: no line has words as its "answer"; expected '
+        raise DataError(f'{manifest.names[0]}: no line has words as its "answer"; expected '
                         '{"video": ..., "answer": "a word"}, for open-ended QA a "question" too')
     return answers
 
@@ -769,9 +779,6 @@ class Clips:
         sample, (which, line) = self.manifest[index], self.manifest.locate(index)
         where = sample["where"]
         item = {"index": index, "draw": draw, "set": which, "where": where, "errors": []}
-        if is_image(sample) != self.manifest.images[which]:
-            raise DataError(f"{where}: images and clips in one manifest; its first line is of the "
-                            "other kind: give the images a manifest of their own")
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed GPUs too, at a fifth of the cost of a small clip
             torch.default_generator.manual_seed(mix(self.seed, draw))
@@ -817,7 +824,10 @@ class Clips:
             return words
         if self.task == "choice":
             options = need(sample, "options")
-            answer = options.index(answer) if answer in options else answer
+            if answer in options:
+                answer = options.index(answer)
+            elif isinstance(answer, str) and answer.isdigit():      # a cell of a table
+                answer = int(answer)
             if not isinstance(answer, int) or not 0 <= answer < len(options):
                 raise DataError(f'{sample["where"]}: "answer" is {answer!r}; expected an index '
                                 f"into the {len(options)} options, from 0, or one of them")
@@ -858,6 +868,10 @@ def collate(items, clips, group=None):
     if not items:
         return batch
     batch |= {name: torch.tensor([item[name] for item in items]) for name in ("label", "set")}
+    if len({item["video"].shape for item in items}) > 1:
+        odd = next(item for item in items if item["video"].shape != items[0]["video"].shape)
+        raise DataError(f'{odd["where"]}: images and clips in one manifest, as {items[0]["where"]} '
+                        "is of the other kind: give the images a manifest of their own")
     batch["video"] = torch.stack([item["video"] for item in items])
     counts = torch.tensor([len(item["ids"]) for item in items])
     texts = [ids for item in items for ids in item["ids"]]
@@ -925,6 +939,8 @@ class Readers:
         if not self.workers:
             return self.function(task)
         for attempt in range(2):
+            if self.closed:
+                raise Unreadable("reading has ended")
             process, pipe = self.mine.reader = getattr(self.mine, "reader", None) or self.start()
             try:
                 pipe.send(task)
@@ -935,8 +951,6 @@ class Readers:
                     process.join()
                 if process.exitcode == -signal.SIGALRM:
                     raise Unreadable(f"took longer than {self.timeout:g} s to read") from None
-                if self.closed:
-                    break
                 continue
             if error is not None:
                 raise error

@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allinone import (VARIANTS, AllInOne, Config, Temporal, load_release, load_weights,
                       read_weights, token_rolling, word_patch_transport)
-from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, load,
+from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, is_image, load,
                   replacing, temporary)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
@@ -307,7 +307,9 @@ class Scorer:
         key = str([weights, encode.__name__, sizes, clips.squash, clips.boxes, self.config.order])
         try:
             content = read_weights(path) if path and path.exists() else {"key": ""}
-        except ValueError as error:                    # no more than a cache
+        except ValueError as error:
+            if path.name != "features.pt":             # a probe's is no more than a cache
+                raise
             self.say(f"{error}: computed anew")
             content = {"key": ""}
         if "key" not in content:
@@ -617,7 +619,7 @@ def attention(scorer: Scorer, clip: dict) -> dict:
         cls, patches = video[:m].mean(0).tensor_split((model.specials,), 1)            # (S, n)
         rolled = (origins(model, S, d) != torch.arange(S)[:, None]).to(patches.device)
         own, other = float(patches[~rolled].sum()), float(patches[rolled].sum())
-        ratio = other / own * float((~rolled).sum() / rolled.sum()) if rolled.any() else 0.0
+        ratio = other / own * float((~rolled).sum() / rolled.sum()) if own and other else 0.0
         blocks.append({"step": d, "text": float(text[:m].sum() / m), "cls": float(cls.sum()),
                        "own": own, "rolled": other, "per_patch": ratio})
     return {"blocks": blocks}
@@ -662,6 +664,8 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
     if config.task in ("explain", "attention"):          # maps need patches in their own places
         model.config = replace(model.config, patch_order="raster")
     clips = reading.clips_of(model, tokenizer, answers)
+    if len(set(map(is_image, clips.manifest))) > 1:      # images among clips: one by one
+        reading = replace(reading, batch=1)
     scorer, found, pictures = Scorer(model, clips, reading, device, say), [], defaultdict(list)
     if config.task == "search":
         found = search(scorer)
@@ -685,6 +689,8 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
             pictures[picture] += rows
     for line in scorer.unreadable():
         say(f"left out: {line}")
+    if not found:
+        raise DataError(f"--video {' '.join(config.video)}: no clip can be read")
     blocks = [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
               for rows in zip(*(result.get("blocks", ()) for _, _, result in found))]
     for block in blocks:                                       # the mean of all clips
@@ -903,6 +909,8 @@ def main(argv: list[str] | None = None) -> None:
             (not (config.video if using else config.data),
              f"--task {task} needs " + ("--video FILE or FOLDER" if using else "--data MANIFEST")),
             (using and task != "attention" and not any(config.text), f"--task {task} needs --text"),
+            (task == "fill" and "[MASK]" not in config.text[0],
+             "--task fill needs a [MASK] in --text"),
             (len(config.text) > 1 and task not in ("match", "search"),
              "several --text are for --task match and search"),
             (min(config.batch, config.clips) < 1, "--batch and --clips must be 1 or more"),
@@ -918,7 +926,8 @@ def main(argv: list[str] | None = None) -> None:
         content = read_weights(path)
         model, tokenizer, answers = checkpoint_model(content, path, config.vocab, say, **sizes)
         trained = content.get("config", {})
-        config = replace(config, squash=config.squash or trained.get("squash", False))
+        reading = {k: trained[k] for k in ("squash", "boxes") if k in trained and k not in given}
+        config = replace(config, **reading)                    # as in training
         needed = {"qa": "qa", "ask": "qa", "probe": "probe"}.get(task, trained.get("task"))
         # of the authors' files those that were fine-tuned for retrieval have projections
         vtc = "vtc" in trained.get("objectives", ()) or any(
@@ -927,6 +936,8 @@ def main(argv: list[str] | None = None) -> None:
                 (trained.get("task") != needed,
                  f"{path} was trained for {trained.get('task', 'another task')}: fine-tune it with "
                  f"train.py --task {needed} --init {path}"),
+                (task in ("explain", "attention") and model.config.roll_select == "random",
+                 f"--task {task}: patches that roll at random cannot be put back"),
                 (not vtc and (task == "search" or task == "retrieval" and not config.rerank),
                  f"{path} was not trained with VTC, its cosines mean nothing: fine-tune it "
                  "(train.py --task retrieval), or score by VTM: --task retrieval --rerank K"),
@@ -934,6 +945,9 @@ def main(argv: list[str] | None = None) -> None:
                  f"--block {config.block}: the model has blocks 1 to {model.config.depth}")):
             if wrong:
                 raise ValueError(message)
+        if not vtc and config.rerank:
+            say("not trained with VTC: VTM ranks all pairs")
+            config = replace(config, rerank=10 ** 9)
         if using:
             results = use(model, tokenizer, config, answers, device, say)
         else:

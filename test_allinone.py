@@ -955,7 +955,7 @@ def test_a_pretraining_batch_is_padded_to_stable_shapes(tmp_path):
     mixed = clips_of(tmp_path, [{"video": v, "text": "a"} for v in ("i.png", "i.png", "a.mp4")])
     assert collate([mixed[0, 0], mixed[1, 1]], mixed)["video"].shape == (2, 1, 3, 32, 32)
     with pytest.raises(DataError, match="m.jsonl:3: images and clips in one manifest"):
-        mixed[2, 0]
+        collate([mixed[0, 0], mixed[2, 0]], mixed)
 
 
 def test_each_task_gets_the_words_it_needs(tmp_path):
@@ -967,12 +967,14 @@ def test_each_task_gets_the_words_it_needs(tmp_path):
     assert batch["option_mask"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["text_ids"].shape == batch["text_mask"].shape
     assert batch["text_mask"].shape[:2] == (2, 3) and not batch["text_mask"][1, 2].any()
+    table = clips_of(tmp_path, [{"options": ["x", "y"], "answer": "1"}], "choice")   # a cell
+    assert table[0, 0]["label"] == 1
     encoded = choice.tokenizer.encode(WORDS[2], 40, "what now")
     assert batch["text_ids"][0, 2][batch["text_mask"][0, 2]].tolist() == encoded
 
     asked = [{"question": "who", "answer": a} for a in ("cow", "cow", "dog", "dog", "dog", "yak")]
     qa = clips_of(tmp_path, asked, "qa", train=False, answers=["cat", "dog"], views=3)
-    assert data.answers_of([tmp_path / "m.jsonl"]) == ["dog", "cow", "yak"]     # commonest first
+    assert data.answers_of(qa.manifest) == ["dog", "cow", "yak"]     # commonest first
     batch = collate([qa[2, 0], qa[5, 1]], qa)
     assert batch["label"].tolist() == [1, -1] and batch["video"].shape == (2, 3, 3, 3, 32, 32)
     assert not torch.equal(batch["video"][0, 0], batch["video"][0, 2])     # views differ in time

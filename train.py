@@ -157,11 +157,14 @@ def check_flags(config: TrainConfig) -> None:
              f"{', '.join(known)}"),
             ("wpa" in config.objectives and "vtm" not in config.objectives,
              "--objectives wpa needs vtm too: it takes VTM's matched and other pairs"),
+            (config.val_every and not config.val, "--val_every needs --val, a manifest to score"),
             (config.val_every and tests,
              f"--val_every would choose the best checkpoint on {', '.join(tests)}: give --val the "
              "validation split, and score the test split once, with eval.py"),
             (min(config.batch_per_gpu, config.log_every, config.save_every, config.steps) < 1,
              "--batch_per_gpu, --steps, --log_every and --save_every must be 1 or more"),
+            (min(config.batch, config.epochs, config.workers, config.val_every) < 0,
+             "--batch, --epochs, --workers and --val_every must be 0 or more"),
             (config.compile and not any(map(shutil.which, ("g++", "c++", "clang++"))),
              "--compile: torch cannot compile without a C++ compiler; apt install g++")):
         if wrong:
@@ -292,7 +295,8 @@ class Run:
                             "stop it, or choose another --out") from None
         names = "checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "best.pt"
         found = [self.folder / name for name in names if (self.folder / name).exists()]
-        if not self.config.resume:
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"   # goes on in any case
+        if not self.config.resume and not restarted:
             for path in found:
                 path.replace(f"{path}.aside")
             return
@@ -397,7 +401,7 @@ def build(config: TrainConfig, sizes: dict, asked: dict, manifest: Manifest, run
     sizes: Config's fields for a new model; asked: those asked for, laid over a checkpoint's.
     """
     torch.manual_seed(config.seed)
-    answers = answers_of(config.data) if config.task in ("qa", "probe") else None
+    answers = answers_of(manifest) if config.task in ("qa", "probe") else None
     if run.content:
         if answers != run.content.get("answers"):
             run.say("the answers of the data have changed; those of the checkpoint count")
