@@ -485,14 +485,16 @@ def score_retrieval(scorer: Scorer) -> list[dict]:
     for kind, scores, asked, of, queries, gallery, own, candidates in (
             ("text to video", joint[0], names, clip, texts, where, number, videos),
             ("video to text", joint[1], where, number, videos, names, clip, texts)):
-        for part in torch.arange(len(asked)).split(max(1, BLOCK // len(gallery))):
+        mine, size = [], max(1, BLOCK // len(gallery))
+        for part in torch.arange(len(asked)).split(size)[dist.get_rank()::dist.get_world_size()]:
             block = (queries[part] @ candidates.T).float() if scores is None else scores[part]
             found = ranked(block, of[part, None] == own)
             for query, best, (rank, hits) in zip(part.tolist(), block.argmax(1).tolist(), found):
                 metrics = {f"R@{k} %": hit for k, hit in hits.items()}
                 metrics |= {"median rank": rank, "mean rank": rank}
-                predictions.append({"where": asked[query], "kind": kind, "best": gallery[best],
-                                    "metrics": metrics})
+                mine.append((query, {"where": asked[query], "kind": kind, "best": gallery[best],
+                                     "metrics": metrics}))
+        predictions += [p for _, p in sorted(in_all_processes(mine), key=lambda one: one[0])]
     return predictions
 
 
@@ -715,14 +717,17 @@ def search(scorer: Scorer) -> list[tuple]:
     features = scorer.features(index_entry, Path(config.index) if config.index else None)
     if not features:
         raise DataError(f"no clip can be read: {'; '.join(scorer.unreadable()[:3])}")
-    samples = list(features)
-    gallery = torch.stack(list(features.values())).to(scorer.device, torch.float32)    # (G, E)
+    share = slice(dist.get_rank(), None, dist.get_world_size())      # of the gallery, to look at
+    samples, k = list(features)[share], max(config.rerank, config.top)
+    gallery = torch.stack(list(features.values()))[share].to(scorer.device, torch.float32)  # (G, E)
     for t, text in enumerate(config.text):
         ids = torch.tensor([clips.tokenizer.encode(text, clips.max_text_len)]).to(scorer.device)
         cosines = (text_embedding(model, ids) @ gallery.T)[0]
-        best = cosines.topk(min(max(config.rerank, config.top), len(gallery)))
-        results = {samples[g]: {"text": text, "cosine": round(cosine, 4)}
-                   for cosine, g in zip(*(x.tolist() for x in best))}                  # in order
+        best = cosines.topk(min(k, len(gallery)))
+        pairs = in_all_processes([(cosine, samples[g])
+                                  for cosine, g in zip(*(x.tolist() for x in best))])
+        results = {i: {"text": text, "cosine": round(cosine, 4)}                       # in order
+                   for cosine, i in sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:k]}
         matched = []
         for items, (clip,) in scorer.read(list(results)[:config.rerank], size=1):
             chance = model.vtm_head(model(clip["video"], ids).pooled).softmax(1)[0, 1]

@@ -610,6 +610,8 @@ def test_a_window_holds_the_frames_shown_from_start_to_end_seconds(film_of, tmp_
     assert counts[0] == 21
     with pytest.raises(Unreadable, match="start and end"):
         decode(path, all_of, None, 7.0, 9.0)
+    with pytest.raises(Unreadable, match="cannot be decoded|start and end"):
+        decode(path, all_of, None, math.inf)
 
 
 def test_rotated_phone_video_comes_out_upright(tmp_path):
@@ -1359,6 +1361,12 @@ def test_own_tables_and_folders_are_manifests(tmp_path):
         (sample,) = Manifest(tmp_path / name.partition("/a.")[0], columns)
         assert sample.pop("where").startswith(f"{tmp_path / name}:")
         assert sample == {**expected, "video": str(tmp_path / "sub" / "a.mp4")}
+    for name in ("a.jpg", "empty.mp4", "empty.txt"):      # a thumbnail; nothing said of a clip
+        (tmp_path / "sub" / name).write_text("")
+    assert [Path(sample["video"]).name for sample in Manifest(tmp_path / "sub")] == ["a.mp4"]
+    (tmp_path / "sub" / "a.json").write_text("[1]")
+    with pytest.raises(DataError, match="a.json: cannot be read"):
+        Manifest(tmp_path / "sub")
     with pytest.raises(DataError, match="c.csv:2: lacks \"video\"; its keys are"):
         Manifest(tmp_path / "c.csv")
     clips = clips_of(tmp_path, [{"video": "a.mp4", "caption": "a cat"}])
@@ -1881,7 +1889,8 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     ("--objectives wpa", "wpa needs vtm"),
     ("--task choice --objectives vtm", "those of --task choice are choice"),
     ("--data a --val b/x_test.clean.jsonl --val_every 5", "the validation"),
-    ("--log_every 0", "must be 1 or more"),
+    ("--log_every 0", "must be 1 or more"), ("--batch -4", "must be 0 or more"),
+    ("--val_every 5 --data a", "--val_every needs --val"),
     ("--compile", "cannot compile without a C++ compiler"),
     ("--data {clips}/train.jsonl --vocab train --freeze blocks.99",
      "--freeze blocks.99: no such part; there are cls_token"),
@@ -1957,7 +1966,8 @@ def test_ties_and_unknown_answers_are_not_counted_as_right_and_intervals_are_rep
 
 @pytest.mark.parametrize("flags, message, change", [
     ("choice", "--task choice needs --data", 2), ("match --text a", "needs --video", 2),
-    ("fill --video x", "needs --text", 2), ("ask --video x --text a b", "several --text", 2),
+    ("fill --video x", "needs --text", 2), ("fill --video x --text a", "needs a [MASK]", 2),
+    ("ask --video x --text a b", "several --text", 2),
     ("choice --data x --batch 0", "--batch and --clips must be 1 or more", 2),
     ("choice --data x --rerank 2", "--rerank is for --task retrieval", 2),
     ("retrieval --data {clips}/retrieval.jsonl", "was not trained with VTC", 1),
@@ -2373,3 +2383,7 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
     err = run(eval, "--task", "search", "--video", tmp_path, "--text", "a", "--checkpoint", strong,
               "--index", strong, "--workers", "0", code=1)
     assert "holds no features" in err                              # never written over
+    (tmp_path / "film.mp4").write_bytes(b"not an index")
+    run(eval, "--task", "search", "--video", tmp_path, "--text", "a", "--checkpoint", strong,
+        "--index", tmp_path / "film.mp4", "--workers", "0", code=1)
+    assert (tmp_path / "film.mp4").read_bytes() == b"not an index"
