@@ -1930,6 +1930,19 @@ def predicted(task, files, checkpoint, saved, *flags) -> list[dict]:
     return lines_of(saved)
 
 
+def test_clips_are_scored_as_they_were_trained_on_unless_a_flag_says_otherwise(
+        clips, strong, tmp_path):
+    content = torch.load(strong, weights_only=True)
+    content["config"]["squash"] = True
+    torch.save(content, tmp_path / "squashed.pt")
+    cropped, asked, taken, undone = (
+        predicted("choice", [clips / "choice.jsonl"], checkpoint, tmp_path / "p", *flags)
+        for checkpoint, flags in ((strong, ()), (strong, ("--squash",)),
+                                  (tmp_path / "squashed.pt", ()),
+                                  (tmp_path / "squashed.pt", ("--no-squash",))))
+    assert cropped == undone != asked == taken
+
+
 def test_ranks_are_what_ties_in_a_random_order_would_give():  # Tab. 3, Tab. 7
     scores = np.array([[.9, .1, .1, .5, .1, .1, .1], [.5, .5, .2, .5, .7, .7, .7], [.3] * 7,
                        [.1, .1, .1, .3, .3, .3, .8]])
