@@ -52,7 +52,7 @@ import train
 from allinone import (VARIANTS, AllInOne, Config, Select, Temporal, channel_shift, load_release,
                       load_vit, mlm_loss, token_rolling, vtc_loss, vtm_loss,
                       word_patch_alignment_loss, word_patch_transport)
-from data import (DATASETS, Batches, Clips, DataError, Manifest, Tokenizer, Unreadable,
+from data import (Batches, Clips, DataError, Manifest, Tokenizer, Unreadable,
                   augment, collate, convert, decode, entries, mask_tokens, sample_frames,
                   shuffled, vtm_pairs)
 from eval import count_macs, count_parameters
