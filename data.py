@@ -217,7 +217,7 @@ def own_samples(path, columns=()):
     A column is named as its field, as `columns` says or as in ALSO_CALLED; others are not read.
     Numbers and lists are as Python writes them: 1.5, ['a', 'b']. DataError if not as FIELDS. Rows
     whose caption is empty are left out and counted."""
-    said, wordless = dict(column.lower().split("=", 1) for column in columns), 0
+    said, wordless = dict(column.lower().partition("=")[::2] for column in columns), 0
     for where, row in own_rows(path):
         cells = {str(key).lower(): value for key, value in row.items() if value not in (None, "")}
         sample = {}
@@ -591,6 +591,19 @@ def texts_of(sample):
     return texts + sample.get("texts", []) + sample.get("options", [])
 
 
+def right_option(sample):
+    """The index of the right one of a sample's options; DataError."""
+    options, answer = sample["options"], sample.get("answer")
+    if answer in options:
+        answer = options.index(answer)
+    elif isinstance(answer, str) and answer.isdigit():              # a cell of a table
+        answer = int(answer)
+    if not isinstance(answer, int) or not 0 <= answer < len(options):
+        raise DataError(f'{sample["where"]}: "answer" is {answer!r}; expected an index into the '
+                        f"{len(options)} options, from 0, or one of them")
+    return answer
+
+
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -617,8 +630,8 @@ class Tokenizer:
 
     @staticmethod
     def load(name, text=None):
-        """A local vocab.txt or tokenizer.json, else a Hugging Face name, fetched; or what `to_json`
-        wrote, called `name` in errors. DataError."""
+        """A local vocab.txt or tokenizer.json, else a Hugging Face name, fetched; or `text`, what
+        to_json gave, called `name` in errors. DataError."""
         path = Path(name)
         try:
             if text is not None:
@@ -655,13 +668,6 @@ class Tokenizer:
     def to_json(self):
         """The whole tokenizer as one string, which a checkpoint carries."""
         return self.words.to_str()
-
-    @staticmethod
-    def from_json(text):
-        return Tokenizer.load("the checkpoint's tokenizer", text)
-
-    def __len__(self):
-        return self.vocab_size
 
     def encode(self, text, max_len, first=None):
         """Ids of [CLS] text [SEP], or [CLS] first [SEP] text [SEP], at most max_len: where they are
@@ -814,7 +820,7 @@ class Clips:
         """The token ids and the label of a sample; may set its window to that of a caption.
         pretrain: a caption, and masked; retrieval: a caption in training, all in evaluation;
         choice: the options, each after the question; qa: the question; probe: no words."""
-        question, answer = sample.get("question"), sample.get("answer")
+        question = sample.get("question")
         if self.task in ("pretrain", "retrieval"):
             captions = self.captions(sample)
             words = {"ids": [self.encode(text) for text in captions], "caption": captions[0],
@@ -823,17 +829,10 @@ class Clips:
                 words["mlm"] = mask_tokens(words["ids"][0], self.tokenizer, self.whole_word_masking)
             return words
         if self.task == "choice":
-            options = need(sample, "options")
-            if answer in options:
-                answer = options.index(answer)
-            elif isinstance(answer, str) and answer.isdigit():      # a cell of a table
-                answer = int(answer)
-            if not isinstance(answer, int) or not 0 <= answer < len(options):
-                raise DataError(f'{sample["where"]}: "answer" is {answer!r}; expected an index '
-                                f"into the {len(options)} options, from 0, or one of them")
-            return {"ids": [self.encode(option, question) for option in options], "label": answer}
+            return {"ids": [self.encode(option, question) for option in need(sample, "options")],
+                    "label": right_option(sample)}
         text = need(sample, "question") if self.task == "qa" else ""
-        return {"ids": [self.encode(text)], "label": self.labels.get(answer, -1)}
+        return {"ids": [self.encode(text)], "label": self.labels.get(sample.get("answer"), -1)}
 
     def captions(self, sample):
         """The captions of a sample to read on this visit: one in training, all in evaluation."""
@@ -1165,6 +1164,8 @@ def toy_split(folder, split, count, draw):
 def examine(task):
     """(frames, CPU seconds) that reading one sample as in training takes. Run by `check`."""
     (sample, frames, size), counted, began = task, [], time.process_time()
+    if "options" in sample:
+        right_option(sample)
     decode(sample["video"], lambda n: counted.append(n) or sample_frames(n, frames, False),
            int(1.2 * size), *map(sample.get, ("start", "end", "fps")))
     return counted[-1], time.process_time() - began

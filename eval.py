@@ -44,11 +44,13 @@ from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duratio
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
 def add_flags(group, cls: type) -> None:
-    """One flag for each field of the dataclass `cls`; its help is the field's own comment.
-    Flags not given leave no trace."""
+    """One flag for each field of the dataclass `cls`, its help the field's own comment, but for
+    what the data decide. Flags not given leave no trace."""
     source = re.sub(r"\n    #\s+", " ", inspect.getsource(cls))     # a comment's second line
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     for name, kind in typing.get_type_hints(cls).items():
+        if name in ("vocab_size", "answers"):
+            continue
         default = getattr(cls, name)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         about = f"{comments.get(name, '')} (default: {shown or 'none'})".replace("%", "%%")
@@ -111,15 +113,15 @@ def checkpoint_model(content: dict, path, vocab: str = "bert-base-uncased", say=
         if weights is None or "tokenizer" not in content or sizes.keys() - vars(Config()).keys():
             raise ValueError(f"{path}: a checkpoint of another version of train.py, or damaged")
         model = AllInOne(replace(Config(**sizes), **overrides))
-        tokenizer = Tokenizer.from_json(content["tokenizer"])
+        tokenizer = Tokenizer.load(f"{path}: its tokenizer", content["tokenizer"])
         if (content.get("answers"), sizes["answer_head"]) != (answers, model.config.answer_head):
             weights = {k: v for k, v in weights.items() if not k.startswith("answer_head.")}
         report = load_weights(model, weights, path)
     else:
         model, report = load_release(path, content=content, **overrides)
         tokenizer = Tokenizer.load(vocab)
-    if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(f"the vocabulary has {len(tokenizer)} words, {path} "
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"the vocabulary has {tokenizer.vocab_size} words, {path} "
                          f"{model.config.vocab_size}: give --vocab the one it was trained with")
     say(f"{path}: {len(report['loaded'])} tensors loaded" + "".join(
         f"; {len(report[key])} {key} ({', '.join(report[key][:4])})"

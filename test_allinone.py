@@ -843,7 +843,7 @@ WORDS = ["a dog runs to the left", "two cats play with a ball", "a man cooks ric
 def test_tokens_travel_as_json_and_too_long_questions_lose_their_own_last_words():
     tokenizer = Tokenizer.train(WORDS, 200)
     assert tokenizer.to_json() == Tokenizer.train(WORDS, 200).to_json()
-    again = Tokenizer.from_json(tokenizer.to_json())
+    again = Tokenizer.load("again", tokenizer.to_json())
     assert again.encode("Á DOG, runs", 9) == tokenizer.encode("a dog, runs", 9)
     for text, most, first, expected in [
             ("a dog", 40, None, "[CLS] a dog [SEP]"), ("", 4, None, "[CLS] [SEP]"),
@@ -852,7 +852,7 @@ def test_tokens_travel_as_json_and_too_long_questions_lose_their_own_last_words(
             ("a dog", 6, "a man", "[CLS] a [SEP] a dog [SEP]")]:
         ids = tokenizer.encode(text, most, first=first)
         assert [tokenizer.words.id_to_token(i) for i in ids] == expected.split()
-    assert len(tokenizer) == tokenizer.vocab_size == len(tokenizer.ordinary) + 5
+    assert tokenizer.vocab_size == len(tokenizer.ordinary) + 5
 
 
 def test_a_local_vocabulary_is_read_and_an_unknown_name_asks_for_one(tmp_path):
@@ -1700,7 +1700,8 @@ def test_a_run_folder_of_another_run_is_refused_and_can_be_set_aside(clips, whol
     assert "from step 3 on: lr was 0.001, now 0.0005" in printed
     assert finished(out)[0]["tokenizer"] == vocabulary       # the checkpoint's own
     pretrain(own, out, "--seed", 5, "--no-resume", "--steps", 2)
-    assert (out / "checkpoint.pt.aside").exists()
+    pretrain(own, out, "--seed", 6, "--no-resume", "--steps", 2)
+    assert len(list(out.glob("checkpoint.pt.*.aside"))) == 2
 
 
 @pytest.fixture(scope="session")

@@ -297,7 +297,7 @@ class Run:
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"   # goes on in any case
         if not self.config.resume and not restarted:
             for path in found:
-                path.replace(f"{path}.aside")
+                path.replace(f"{path}.{path.stat().st_mtime_ns}.aside")
             return
         checkpoints = [path for path in found if path.name.startswith("checkpoint")]
         for path in checkpoints:
@@ -520,7 +520,8 @@ class Trainer:
             model.transform = torch.compile(model.transform, fullgraph=True)
         self.ddp = DistributedDataParallel(self.objectives, gradient_as_bucket_view=True)
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self.peak = next((peak for key, peak in PEAKS.items() if key in gpu), 0)
+        # images cost less than clips: of a mixture no MFU is told
+        self.peak = sum(peak for key, peak in PEAKS.items() if key in gpu and len(self.sizes) == 1)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f"{config.task}: {trained / 1e6:.1f} M trained parameters, {sum(self.sizes)} samples, "
             f"{self.steps} steps of {self.batch} clips, {self.passes} passes of {self.size} each, "
