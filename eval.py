@@ -482,7 +482,7 @@ def score_retrieval(scorer: Scorer) -> list[dict]:
     names = [f"{name}#{k}" for name, words in zip(where, ids) for k in range(len(words))]
     joint = [None, None]
     if scorer.config.rerank:
-        joint = rerank(scorer, (texts @ videos.T).float(), captions, once, index)
+        joint = rerank(scorer, (texts @ videos.T).float(), captions, index)
     predictions = []
     for kind, scores, asked, of, queries, gallery, own, candidates in (
             ("text to video", joint[0], names, clip, texts, where, number, videos),
@@ -500,33 +500,41 @@ def score_retrieval(scorer: Scorer) -> list[dict]:
     return predictions
 
 
-def rerank(scorer: Scorer, cosine: Tensor, captions: list, once: Tensor, index) -> list[Tensor]:
-    """Scores (T, N) of texts and (N, T) of videos: of the best --rerank of each query, and ties
-    with the last, VTM's matched logit, raised above every cosine; else the cosine. captions: T
-    tuples of ids; once: (T,), the first of the same words, which alone is scored; index: the N
-    clips' numbers."""
-    model, config, found = scorer.model, scorer.config, []
-    column = {i: v for v, i in enumerate(index)}
-    chosen = [cosine >= cosine.topk(min(config.rerank, cosine.shape[dim]), dim).values.amin(
-        dim, keepdim=True) for dim in (1, 0)]
-    wanted = (chosen[0] | chosen[1]) & (once == torch.arange(len(once)))[:, None]
-    for items, views in scorer.read(index):
-        for b, v in enumerate(column[i] for i in items["index"].tolist()):
-            for part in wanted[:, v].nonzero()[:, 0].split(8 * config.batch):
-                words = pad_sequence([torch.tensor(captions[t]) for t in part], True, -1)
-                words = words.to(scorer.device)
-                logits = torch.zeros(len(part))
+def joint_logits(scorer: Scorer, wanted: dict[int, list[tuple]]) -> dict[tuple, Tensor]:
+    """{(sample, token ids): VTM's two logits (Sec. 3.3)} of each sample's `wanted` texts."""
+    model, found, size = scorer.model, [], 8 * scorer.config.batch
+    for items, views in scorer.read(wanted):
+        for b, index in enumerate(items["index"].tolist()):
+            texts = list(dict.fromkeys(wanted[index]))
+            for part in (texts[begin:begin + size] for begin in range(0, len(texts), size)):
+                words = pad_sequence([torch.tensor(ids) for ids in part], True, -1)
+                words, logits = words.to(scorer.device), 0
                 for view in views:
                     video = model.embed_video(view["video"][b:b + 1]).expand(len(part), -1, -1, -1)
                     text = model.embed_text(words.clamp(min=0))
-                    pooled = model.fuse(video, text, words >= 0).pooled
-                    logits += model.vtm_head(pooled)[:, 1].cpu() / len(views)
+                    logits += model.vtm_head(model.fuse(video, text, words >= 0).pooled).cpu()
                 check_scores(logits, [items["where"][b]] * len(part))
-                found.append((part, v, logits.double()))
+                found += [((index, ids), pair) for ids, pair in zip(part, logits / len(views))]
+    return dict(in_all_processes(found))
+
+
+def rerank(scorer: Scorer, cosine: Tensor, captions: list[tuple], index: tuple) -> list[Tensor]:
+    """Scores (T, N) of texts and (N, T) of videos: of the best --rerank of each query, and ties
+    with the last, VTM's matched logit, raised above every cosine; else the cosine. captions: T
+    tuples of token ids; index: the N clips' numbers."""
+    k = scorer.config.rerank
+    chosen = [cosine >= cosine.topk(min(k, cosine.shape[dim]), dim).values.amin(dim, keepdim=True)
+              for dim in (1, 0)]
+    pairs = (chosen[0] | chosen[1]).nonzero().tolist()
     matched = torch.full_like(cosine, torch.nan, dtype=torch.float64)    # float32 loses digits here
-    for part, v, logits in in_all_processes(found):
-        matched[part, v] = logits
-    matched = (matched - matched.nan_to_num(torch.inf).min() + 2)[once]
+    wanted = defaultdict(list)
+    for t, v in pairs:
+        wanted[index[v]].append(captions[t])
+    logits = joint_logits(scorer, wanted)
+    for t, v in pairs:
+        if (index[v], captions[t]) in logits:                            # else lost since
+            matched[t, v] = logits[index[v], captions[t]][1]
+    matched += 2 - matched.nan_to_num(torch.inf).min()
     by_text, by_video = (torch.where(best & ~matched.isnan(), matched, cosine) for best in chosen)
     return [by_text, by_video.T]
 
@@ -715,30 +723,30 @@ def index_entry(model: AllInOne, batch: dict) -> Tensor:
 def search(scorer: Scorer) -> list[tuple]:
     """(number of the text, sample, result): the clips that are likest to each --text, by cosine
     (Sec. 3.3 VTC), the best --rerank of them by VTM. --index FILE keeps the features."""
-    model, clips, config, found = scorer.model, scorer.clips, scorer.config, []
+    model, clips, config, wanted = scorer.model, scorer.clips, scorer.config, defaultdict(list)
     features = scorer.features(index_entry, Path(config.index) if config.index else None)
     if not features:
         raise DataError(f"no clip can be read: {'; '.join(scorer.unreadable()[:3])}")
     share = slice(dist.get_rank(), None, dist.get_world_size())      # of the gallery, to look at
     samples, k = list(features)[share], max(config.rerank, config.top)
     gallery = torch.stack(list(features.values()))[share].to(scorer.device, torch.float32)  # (G, E)
-    for t, text in enumerate(config.text):
-        ids = torch.tensor([clips.tokenizer.encode(text, clips.max_text_len)]).to(scorer.device)
-        cosines = (text_embedding(model, ids) @ gallery.T)[0]
-        best = cosines.topk(min(k, len(gallery)))
+    asked, likest = [tuple(clips.encode(text)) for text in config.text], []
+    for ids in asked:
+        cosines = text_embedding(model, torch.tensor([ids], device=scorer.device)) @ gallery.T
+        best = cosines[0].topk(min(k, len(gallery)))
         pairs = in_all_processes([(cosine, samples[g])
                                   for cosine, g in zip(*(x.tolist() for x in best))])
-        results = {i: {"text": text, "cosine": round(cosine, 4)}                       # in order
-                   for cosine, i in sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:k]}
-        matched = []
-        for items, (clip,) in scorer.read(list(results)[:config.rerank], size=1):
-            chance = model.vtm_head(model(clip["video"], ids).pooled).softmax(1)[0, 1]
-            matched.append((int(items["index"][0]), round(float(chance), 4)))
-        for i, chance in in_all_processes(matched):
-            results[i]["matched"] = chance
+        likest.append(sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:k])
+        for _, i in likest[-1][:config.rerank]:
+            wanted[i].append(ids)
+    logits, found = joint_logits(scorer, wanted), []
+    for t, (text, ids, pairs) in enumerate(zip(config.text, asked, likest)):
+        results = [(t, i, {"text": text, "cosine": round(cosine, 4)}) for cosine, i in pairs]
+        for _, i, result in results:
+            if (i, ids) in logits:
+                result["matched"] = round(float(logits[i, ids].softmax(0)[1]), 4)
         # whom VTM has looked at comes before all others, which stay in the order of cosines
-        best = sorted(results.items(), key=lambda one: -one[1].get("matched", -1))
-        found += [(t, i, result) for i, result in best[:config.top]]
+        found += sorted(results, key=lambda one: -one[2].get("matched", -1))[:config.top]
     return found
 
 
