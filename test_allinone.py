@@ -10,18 +10,18 @@ import builtins
 import collections
 import contextlib
 import fcntl
-import functools
 import gzip
 import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -1438,64 +1438,59 @@ FORKS = multiprocessing.get_context("forkserver")      # a process that has torc
 FORKS.set_forkserver_preload([__name__])
 
 
-def command(name, arguments, environment, output):
-    """main() as the last lines of train.py run it; it writes to the file `output`."""
+def command(arguments, environment, output):
+    """`python arguments`; it writes to the file `output`."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
-    if "RANK" in environment:
-        torch.set_num_threads(1)                           # as torchrun has it
-    try:
-        {"train": train, "eval": eval}[name].main(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    sys.argv = arguments
+    runpy.run_path(str(HERE / arguments[0]), run_name="__main__")
 
 
 class Started:
-    """A command line of train.py or eval.py in processes of its own, which are its ranks."""
+    """A command line in processes of its own, which are its ranks."""
 
-    def __init__(self, output, *arguments, processes=1, script=train):
+    def __init__(self, output, *arguments, processes=1):
         self.output, arguments = Path(output), list(map(str, arguments))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
         self.ranks = [FORKS.Process(target=command, args=(
-            script.__name__, arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
+            arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
             f"{self.output}{rank or ''}")) for rank in range(processes)]
         for rank in self.ranks:
             rank.start()
 
-    def running(self) -> bool:
+    def running(self, rest=0.0) -> bool:
+        """Whether all ranks are, after a rest of some seconds."""
+        time.sleep(rest)
         return all(rank.is_alive() for rank in self.ranks)
 
-    def wait_for_step(self, out, step):
-        """Until the log of a run tells of this step, or the run has ended."""
-        log = out / "log.jsonl"
-        while self.running() and not (log.exists() and f'"step": {step},' in log.read_text()):
-            time.sleep(0.005)
-
-    def wait(self, seconds=300) -> tuple[int, str]:
-        """(exit code, output); a rank that outlives another is killed, as torchrun does."""
-        until = time.monotonic() + seconds
-        while any(rank.is_alive() for rank in self.ranks) and time.monotonic() < until:
-            time.sleep(0.02)
+    def wait(self, *codes) -> int:
+        """The exit code, one of those expected: by default 0. A rank whose other fails is killed,
+        as torchrun does."""
+        signal.alarm(300)                                  # a hang ends the whole test run
+        while alive := [rank.sentinel for rank in self.ranks if rank.is_alive()]:
+            multiprocessing.connection.wait(alive)
             if any(rank.exitcode for rank in self.ranks):
                 for rank in self.ranks:
                     rank.kill()
-        assert not any(rank.is_alive() for rank in self.ranks), f"still running: {self.output}"
-        return max(abs(rank.exitcode) for rank in self.ranks), self.output.read_text()
+        signal.alarm(0)
+        code = max(abs(rank.exitcode) for rank in self.ranks)
+        assert code in (codes or [0]), self.output.read_text()
+        return code
 
 
-def log_of(out, first=0) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_bytes().splitlines()[first:]]
+def lines_of(path, first=0) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()[first:]]
 
 
 def finished(out) -> tuple[dict, list]:
     """(checkpoint, losses of each step) of a run folder."""
     losses = [[line["step"], *(v for k, v in line.items() if k in (*train.OBJECTIVES, "grad_norm"))]
-              for line in log_of(out) if "lr" in line]
+              for line in lines_of(out / "log.jsonl") if "lr" in line]
     return torch.load(out / "checkpoint.pt", weights_only=True), losses
 
 
@@ -1556,23 +1551,11 @@ RUNS = {  # what is killed: its flags
                   *TUNING]}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def start(clips, whole_run):
-    def of(task, out, begin=Started, **options):
+    def of(task, out, processes):
         flags = [str(flag).format(clips=clips, whole=whole_run) for flag in RUNS[task] + LONG]
-        return begin(f"{out}.txt", *flags, "--out", str(out), **options)
-    return of
-
-
-@pytest.fixture(scope="session")
-def unkilled(start, tmp_path_factory):
-    """Folders of RUNS that nothing interrupts, by task and number of processes."""
-    @functools.cache
-    def of(task, processes):
-        out = tmp_path_factory.mktemp("unkilled") / "run"
-        code, printed = start(task, out, processes=processes).wait()
-        assert code == 0, printed
-        return out
+        return Started(f"{out}.txt", "train.py", *flags, "--out", out, processes=processes)
     return of
 
 
@@ -1580,55 +1563,57 @@ def unkilled(start, tmp_path_factory):
     ("pretraining", 1, signal.SIGKILL), ("mixture", 2, signal.SIGKILL),
     ("retrieval", 1, signal.SIGKILL), ("pretraining", 2, signal.SIGTERM)])
 def test_a_run_killed_at_random_times_ends_with_the_same_bits(
-        task, processes, kill, start, unkilled, tmp_path):
+        task, processes, kill, start, tmp_path):
     """Every other kill falls into a checkpoint write; one rank is hit, the others then stop."""
     draw, out, kills, in_write, step = random.Random(processes), tmp_path / "run", 0, 0, 0
+    log, partial, printed = out / "log.jsonl", out / "checkpoint.partial", tmp_path / "run.txt"
     while kills < (20 if FULL else 2):
-        process = start(task, out, processes=processes)
-        process.wait_for_step(out, step + 2)              # a checkpoint or more was written
-        if kills % 2:
-            while process.running() and not (out / "checkpoint.partial").exists():
-                pass
-        else:
-            time.sleep(draw.random() * 0.1)
-        if process.running():
+        process = start(task, out, processes)             # until a checkpoint or more was written
+        while process.running(0.005) and not (
+                log.exists() and f'"step": {step + 2},' in log.read_text()):
+            pass
+        while kills % 2 and process.running() and not partial.exists():
+            pass
+        if process.running((1 - kills % 2) * draw.random() * 0.1):
             os.kill(draw.choice(process.ranks).pid, kill)
-        code, printed = process.wait()
-        if code == 0 and "stopped after step" not in printed:         # it got to the end: anew
+        code = process.wait(0, kill)
+        if code == 0 and "stopped after step" not in printed.read_text():   # at its end: anew
             shutil.rmtree(out)
             step = 0
             continue
-        assert (code == 0) == (kill == signal.SIGTERM), printed
-        kills, in_write = kills + 1, in_write + (out / "checkpoint.partial").exists()
+        assert (code == 0) == (kill == signal.SIGTERM)
+        kills, in_write = kills + 1, in_write + partial.exists()
         if (out / "checkpoint.pt").exists():              # never unreadable
             step = torch.load(out / "checkpoint.pt", weights_only=True)["state"]["step"]
-    code, printed = start(task, out, processes=processes).wait()
-    assert code == 0 and "resuming" in printed, printed
-    same_bits(out, unkilled(task, processes))
+    for run in out, tmp_path / "unkilled":
+        start(task, run, processes).wait()
+    assert "resuming" in printed.read_text()
+    same_bits(out, tmp_path / "unkilled")
     print(f"{kills} kills, {in_write} of them during a checkpoint write")
     assert in_write or not FULL or kill == signal.SIGTERM           # which lets it finish
 
 
 @pytest.mark.skipif(not FULL, reason="FULL=1 runs it: torchrun starts six processes")
 def test_torchrun_restarts_a_killed_worker_and_the_run_ends_with_the_same_bits(
-        start, unkilled, tmp_path):
-    def torchrun(output, *flags):
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--max-restarts=2", "train.py", *flags], cwd=HERE, stdout=open(output, "w"))
-
-    process = start("pretraining", tmp_path / "run", torchrun)
+        clips, tmp_path):
+    flags = ["--data", f"{clips}/train.jsonl", *TINY_RUN, "--steps", "60", "--save_every", "1"]
+    output, killed = tmp_path / "run.txt", tmp_path / "run"
+    process = subprocess.Popen([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "--max-restarts=2", "train.py", *flags, "--out", killed], cwd=HERE, stdout=output.open("w"))
     for step in (4, 12):
-        while not re.search(f"^step {step}/", (tmp_path / "run.txt").read_text(), re.M):
+        while not re.search(f"^step {step}/", output.read_text(), re.M):
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait() == 0 and (tmp_path / "run.txt").read_text().count("resuming") == 2
-    same_bits(tmp_path / "run", unkilled("pretraining", 2))
+    assert process.wait() == 0 and output.read_text().count("resuming") == 2
+    Started(output, "train.py", *flags, "--out", tmp_path / "unkilled", processes=2).wait()
+    same_bits(killed, tmp_path / "unkilled")
 
 
-def test_a_run_on_clips_and_images_logs_each_manifests_numbers(unkilled):
-    sets = [line["sets"] for line in log_of(unkilled("mixture", 2)) if "sets" in line]
+def test_a_run_on_clips_and_images_logs_each_manifests_numbers(start, tmp_path):
+    start("mixture", tmp_path / "run", 2).wait()
+    sets = [line["sets"] for line in lines_of(tmp_path / "run" / "log.jsonl") if "sets" in line]
     counts = [[numbers["clips"] for numbers in line.values()] for line in sets]
     assert len(sets) == LONG[1] and min(counts[-1]) > 0
     assert [sum(line) for line in counts] == [8 * (step + 1) for step in range(len(sets))]
@@ -1670,8 +1655,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     same_bits(out, whole_run)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):   # the damaged one was not kept as it
         torch.load(out / name, weights_only=True)
-    (out / "log.jsonl").write_bytes(b"\xff[1]\n")         # a damaged log stops no resume
-    assert "at step 12" in pretrain(clips, out, "--steps", 13) and log_of(out, 1)[-1]["step"] == 13
+    log = out / "log.jsonl"
+    log.write_bytes(b"\xff[1]\n")                         # a damaged log stops no resume
+    assert "at step 12" in pretrain(clips, out, "--steps", 13)
+    assert lines_of(log, first=1)[-1]["step"] == 13
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (out / name).write_bytes(b"damaged")
     assert "no checkpoint of train.py in" in pretrain(clips, out, code=1)
@@ -1703,29 +1690,18 @@ def test_a_run_folder_of_another_run_is_refused_and_can_be_set_aside(clips, whol
     assert (out / "checkpoint.pt.aside").exists()
 
 
-@pytest.fixture(scope="session")
-def layouts(clips, tmp_path_factory):
-    """Finished runs of 32 clips a step without dropout, by processes, clips a pass, objectives."""
-    @functools.cache
-    def of(processes, size, objectives):
-        out = tmp_path_factory.mktemp("layout") / "run"
-        code, printed = Started(
-            f"{out}.txt", "--data", clips / "train.jsonl", "--out", out, *TINY_RUN, "--lr", 1e-4,
-            "--dropout", 0, "--drop_path", 0, "--steps", 50 if FULL else 4, "--batch", 32,
-            "--batch_per_gpu", size, "--objectives", *objectives.split(), "--save_every", 50,
-            processes=processes).wait()
-        assert code == 0, printed
-        return finished(out)
-    return of
-
-
 @pytest.mark.parametrize("processes, size, objectives", [
     (1, 8, "vtm mlm"), (2, 16, "vtm mlm vtc")] + [(4, 8, "vtm mlm vtc"), (2, 8, "vtm mlm")] * FULL)
 def test_any_number_of_processes_and_passes_gives_the_same_losses_and_weights(
-        processes, size, objectives, layouts):
+        processes, size, objectives, clips, tmp_path):
     """VTM's pairs and MLM's divisor belong to the whole batch, VTC's negatives to all processes."""
-    (first, losses), (second, others) = (layouts(1, 32, objectives),
-                                         layouts(processes, size, objectives))
+    flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--lr", 1e-4, "--dropout", 0,
+             "--drop_path", 0, "--steps", 50 if FULL else 4, "--batch", 32,
+             "--objectives", *objectives.split()]
+    for ranks, most in (1, 32), (processes, size):
+        Started(tmp_path / "said", "train.py", *flags, "--batch_per_gpu", most,
+                "--out", tmp_path / f"{most}", processes=ranks).wait()
+    (first, losses), (second, others) = finished(tmp_path / "32"), finished(tmp_path / f"{size}")
     assert np.allclose(losses, others, rtol=2e-6, atol=0), np.abs(np.array(losses) / others).max(0)
     for name, tensor in first["model"].items():
         other = second["model"][name]
@@ -1861,7 +1837,7 @@ def test_unreadable_clips_are_never_replaced_in_evaluation_and_stop_training_abo
     err = fine_tune("choice", tmp_path / "choice.jsonl", tmp_path / "run", whole_run,
                     "--steps", 50, code=1)
     assert "11 of 103 clips cannot be read, above 1 in 10" in err
-    log = log_of(tmp_path / "run")
+    log = lines_of(tmp_path / "run" / "log.jsonl")
     named = [len(line["unreadable"]) for line in log if isinstance(line.get("unreadable"), list)]
     assert sum(named) == next(line["unreadable"] for line in log[::-1] if "lr" in line) == 11
 
@@ -1917,10 +1893,6 @@ def test_wrong_flags_and_files_say_in_one_line_what_to_do(
 def table(out) -> list[str]:
     """The rows of numbers that eval.py printed."""
     return [line for line in out.splitlines() if re.search(r"\d+\.\d", line) and ":" not in line]
-
-
-def lines_of(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def predicted(task, files, checkpoint, saved, *flags) -> list[dict]:
@@ -2052,9 +2024,9 @@ def test_two_processes_find_exactly_what_one_finds(
     flags = ["--task", task, "--checkpoint", strong, "--workers", 0, *flags,
              "--data" if scored else "--video", tmp_path / "m.jsonl"]
     one = run(eval, *flags, "--json", tmp_path / "1.jsonl", "--out", tmp_path / "1")
-    code, two = Started(tmp_path / "out.txt", *flags, "--json", tmp_path / "2.jsonl", "--out",
-                        tmp_path / "2", processes=2, script=eval).wait()
-    assert code == 0, two                                        # two does not divide the clips
+    Started(tmp_path / "out.txt", "eval.py", *flags, "--json", tmp_path / "2.jsonl",
+            "--out", tmp_path / "2", processes=2).wait()         # two does not divide the clips
+    two = (tmp_path / "out.txt").read_text()
     assert table(one) == table(two) and two.count("absent.mp4") == 1
     found = lines_of(tmp_path / "1.jsonl")
     assert found == lines_of(tmp_path / "2.jsonl")
@@ -2241,7 +2213,7 @@ def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run,
     hidden = F.gelu(F.linear(x, weights["answer_head.0.weight"], weights["answer_head.0.bias"]))
     assert torch.allclose(model.answer_head(x), F.linear(
         hidden, weights["answer_head.2.weight"], weights["answer_head.2.bias"]), atol=1e-5)
-    scores = [line["result"]["all"] for line in log_of(out) if "result" in line]
+    scores = [line["result"]["all"] for line in lines_of(out / "log.jsonl") if "result" in line]
     best = torch.load(out / "best.pt", weights_only=True)["state"]
     assert len(set(scores)) > 1 and max(scores) > scores[0] and best["best"] == max(scores)
     assert best["step"] == 1 + scores.index(max(scores))                 # the first of the best
