@@ -1781,14 +1781,26 @@ def test_compiling_breaks_no_graph_and_stops_at_the_second_text_length():
     assert seen == [1, 2, 2]                              # then text of any length
 
 
-def test_a_probe_of_two_manifests_reads_each_pass_from_one_of_them(trainer, clips, tmp_path):
+def test_a_stopped_extraction_goes_on_and_each_pass_of_a_probe_reads_one_manifest(
+        trainer, clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval.Scorer, "CHUNK", 4)
+    images = tmp_path / "images.jsonl"
+    flags = ("--task", "probe", "--data", clips / "qa.jsonl", images, "--mix", 1, 3, "--batch", 2)
     lines = [{"video": f"{clips}/{i}.png", "answer": "still"} for i in range(3)]
-    (tmp_path / "images.jsonl").write_text(jsonl(*lines))
-    one = trainer("--task", "probe", "--data", clips / "qa.jsonl", tmp_path / "images.jsonl",
-                  "--mix", 1, 3, "--batch", 2, "--vocab", "train")
+    images.write_text(jsonl(*lines[:2], {**lines[2], "video": f"{clips}/2.mp4"}))
+    with pytest.raises(DataError, match="images and clips in one"):           # in the third chunk
+        trainer(*flags)
+    images.write_text(jsonl(*lines))
+    one = trainer(*flags)
+    assert "features of 2 clips;" in capsys.readouterr().out
     sets = [batch["set"].tolist() for batch in one.stream()]
-    assert one.sizes == [7, 3] and sum(pair == [1, 1] for pair in sets) == 9
-    assert all(pair in ([0, 0], [1, 1]) for pair in sets) and len(sets) == 12
+    assert one.sizes == [7, 3] and sets.count([1, 1]) == 9 and sets.count([0, 0]) == 3
+    both = Manifest([clips / "qa.jsonl", images])
+    samples = Clips(both, one.tokenizer, "probe", 3, 32, 40, train=False)
+    for i, (found, line) in enumerate(zip(one.clips, both, strict=True)):
+        feature = one.model.eval().encode_video(samples[i, i]["video"][None])[0, 0]
+        assert torch.allclose(found["feature"], feature, atol=1e-4)
+        assert (one.answers[found["label"]], found["where"]) == (line["answer"], line["where"])
 
 
 def test_any_batch_is_cut_into_the_fewest_equal_passes():
@@ -2020,35 +2032,26 @@ def test_two_processes_find_exactly_what_one_finds(
     assert pictures[0] == pictures[1] and len(pictures[0]) == drawn
 
 
-def test_candidates_are_scored_by_the_matched_logit_of_each_alone():  # Sec. 4.2.1, 4.2.3
-    model, video = build(), clip(B=2)
-    lengths, ids = torch.tensor([[4, 8, 6], [5, 3, 0]]), torch.randint(5, 50, (2, 3, 8))
-    mask = torch.arange(8) < lengths[..., None]
-    batch = {"video": video, "text_ids": ids, "text_mask": mask, "option_mask": lengths > 0}
-    with torch.no_grad():
-        scores = eval.score_options(model, batch)
-        for i, j in (lengths > 0).nonzero().tolist():
-            alone = model(video[i:i + 1], ids[i:i + 1, j, :lengths[i, j]]).pooled
-            assert torch.allclose(scores[i, j], model.vtm_head(alone)[0, 1], atol=1e-5)
-        assert scores[1, 2] == -torch.inf                      # the second clip has two candidates
-        text, _ = train.Objectives(model, ("vtc",)).unimodal(batch)
-        own = model.text_proj(model.encode_text(ids[:, 0], mask[:, 0])[:, 0])
-    assert torch.allclose(text, own)                   # retrieval's true caption comes first
-
-
-def test_three_views_of_a_clip_are_averaged(clips, strong, tmp_path):  # 3 x 3 of Tab. 2 to 4
-    manifest = clips / "choice.jsonl"
-    predictions = predicted("choice", [manifest], strong, tmp_path / "p", "--clips", 3)
-    model, samples = opened(strong, manifest, "choice")
-    samples.views, differ = 3, 0
-    for i, prediction in enumerate(predictions):
-        batch = collate([samples[i, i]], samples)
+def test_candidates_are_scored_by_the_matched_logit_of_each_alone_averaged_over_views(
+        clips, strong, tmp_path):  # Sec. 4.2.1, 4.2.3; 3 x 3 of Tab. 2 to 4
+    lines, differ = absolute(clips / "choice.jsonl"), 0
+    lines[1] = lines[1].replace('"options": [', '"options": ["a dog", ')     # the others have two
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    found = predicted("choice", [tmp_path / "m.jsonl"], strong, tmp_path / "p", "--clips", 3)
+    model, samples = opened(strong, tmp_path / "m.jsonl", "choice")
+    for i, prediction in enumerate(found):
+        item = replace(samples, views=3)[i, i]
+        texts = [torch.tensor([ids] * 3) for ids in item["ids"]]
         with torch.no_grad():
-            views = torch.cat([eval.score_options(model, batch | {"video": view})
-                               for view in batch["video"].unbind(1)])
-        assert torch.allclose(torch.tensor(prediction["scores"]), views.mean(0), atol=1e-5)
-        differ = max(differ, float((views - views[0]).abs().max()))
+            scores = torch.stack([model.vtm_head(model(item["video"], text).pooled)[:, 1]
+                                  for text in texts])                             # (options, views)
+        assert torch.allclose(torch.tensor(prediction["scores"]), scores.mean(1), atol=1e-5)
+        differ = max(differ, float(scores.std(1).max()))
     assert differ > 1e-3                                       # of different frames, where all move
+    with torch.no_grad():
+        text, _ = train.Objectives(model, ("vtc",)).unimodal(collate([samples[1, 1]], samples))
+        own = model.encode_text(torch.tensor([samples[1, 1]["ids"][0]]))[:, 0]
+    assert torch.allclose(text, model.text_proj(own), atol=1e-6)    # the true caption comes first
 
 
 def test_pretraining_is_scored_by_each_clip_and_each_masked_word(clips, strong, tmp_path):  # Tab. 6
@@ -2126,6 +2129,8 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
     assert re.search(r"top-1 % +top-5 % +top-10 %", printed) and len(table(printed)) == 1
     shutil.copy(own / "9.mp4", own / "2.mp4")                            # another clip of that name
     assert probe() == 1
+    (out / "features.pt").write_bytes(b"damaged")                        # no more than a cache
+    assert probe() == 7
     pretrained["model"]["norm.bias"] += 1                                # other weights
     torch.save(pretrained, tmp_path / "first" / "checkpoint.pt")
     assert probe() == 7
@@ -2137,39 +2142,6 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
     fine_tune("probe", own / "qa.jsonl", tmp_path / "other", whole_run)
     log = (tmp_path / "other" / "log.jsonl").read_text()
     assert "3.mp4" in log and '"unreadable": 1' in log
-
-
-def test_a_killed_extraction_goes_on_and_several_manifests_keep_their_numbers(
-        clips, strong, tmp_path, monkeypatch, alone):
-    model, samples = opened(strong, [clips / "qa.jsonl", clips / "choice.jsonl"], "probe")
-    samples.labels = {samples.manifest[2]["answer"]: 5}
-    seen, deadly = [], [9]
-
-    def video_cls(model, view):
-        seen.extend(view["index"].tolist())
-        assert not set(deadly) & set(seen), "killed"
-        return model.encode_video(view["video"])[:, 0]
-
-    def extract():
-        return eval.cls_features(model, samples, tmp_path / "features.pt", train.TrainConfig(
-            workers=0, batch_per_gpu=2), torch.device("cpu"), lambda *_, **__: None)
-
-    monkeypatch.setattr(eval.Scorer, "CHUNK", 4)
-    monkeypatch.setattr(eval, "video_cls", video_cls)
-    with pytest.raises(AssertionError, match="killed"):
-        extract()                                      # in the third chunk
-    seen.clear(), deadly.clear()
-    found, lost = extract()
-    assert not lost and sorted(seen) == list(range(14, 31))
-    assert [one["set"] for one in found] == [0] * 7 + [1] * 24
-    for i, one in enumerate(found):
-        item = samples[i, i]
-        assert torch.allclose(one["feature"], model.encode_video(item["video"][None])[0, 0],
-                              atol=1e-4)
-        assert (one["label"], one["where"]) == (item["label"], item["where"])
-    (tmp_path / "features.pt").write_bytes(b"damaged")           # no more than a cache
-    seen.clear()
-    assert len(extract()[0]) == len(seen) == 31
 
 
 def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run, tmp_path):
@@ -2337,10 +2309,9 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
             one["cosine"] for one in by_cosine[:2]]
     assert best[0]["matched"] < best[2]["cosine"]                  # the two are first even so
     assert len(search("--rerank", "3", "--window", "1")[0]) == 10
-    err = run(eval, "--task", "search", "--video", tmp_path, "--text", "a", "--checkpoint", strong,
-              "--index", strong, "--workers", "0", code=1)
-    assert "holds no features" in err                              # never written over
     (tmp_path / "film.mp4").write_bytes(b"not an index")
-    run(eval, "--task", "search", "--video", tmp_path, "--text", "a", "--checkpoint", strong,
-        "--index", tmp_path / "film.mp4", "--workers", "0", code=1)
-    assert (tmp_path / "film.mp4").read_bytes() == b"not an index"
+    for other, message in (strong, "holds no features"), (tmp_path / "film.mp4", "or damaged"):
+        before = other.read_bytes()
+        assert message in run(eval, "--task", "search", "--video", tmp_path, "--text", "a",
+                              "--checkpoint", strong, "--index", other, "--workers", "0", code=1)
+        assert other.read_bytes() == before                        # never written over
