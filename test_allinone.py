@@ -377,31 +377,28 @@ def test_released_weights_give_the_releases_own_numbers(tmp_path):
         assert torch.allclose(value.flatten(), torch.tensor(theirs), atol=1e-4), name
 
 
-def load_released(weights: dict, path, **fields):
-    """(pooled output for one clip, report, model) of these released weights."""
-    torch.save({"state_dict": weights, "epoch": 3}, path)
-    model, report = load_release(path, heads=4, **fields)
-    size = model.config.image_size
-    with torch.no_grad():
-        return model.eval()(clip(size=size), words()).pooled.flatten().tolist(), report, model
-
-
 def test_released_checkpoints_load_in_every_form_they_come_in(tmp_path):
     weights, path = release_weights(), tmp_path / "all-in-one.ckpt"
-    plain, _, _ = load_released(weights, path)
+
+    def load(weights, **fields):
+        torch.save({"state_dict": weights, "epoch": 3}, path)
+        model, report = load_release(path, heads=4, **fields)
+        video = clip(size=model.config.image_size)
+        return model.eval()(video, words()).pooled.tolist(), report, model
+
+    plain, _, _ = load(weights)
     extra = {"rank_output.weight": torch.zeros(1, 48),
              "text_embeddings.position_ids": torch.arange(10)[None]}
     for form in [{f"module.{k}": v for k, v in weights.items()}, weights | extra,
                  {k.replace("itm_score", "vtm_score"): v for k, v in weights.items()}]:  # plus
-        values, report, _ = load_released(form, path)
+        values, report, _ = load(form)
         assert values == plain and report["ignored"] == [k for k in form if k in extra]
         assert not report["initialised"]
     times = weights.pop("transformer.temporal_embed")
-    values, _, model = load_released(
-        weights | {"transformer.temporal_embed": torch.zeros(1, 8, 48)}, path)
-    assert model.config.frames == 8 and load_released(weights, path)[0] == values != plain
+    values, _, model = load(weights | {"transformer.temporal_embed": torch.zeros(1, 8, 48)})
+    assert model.config.frames == 8 and load(weights)[0] == values != plain
     weights["transformer.temporal_embed"] = times
-    _, report, model = load_released(weights, path, max_text_len=80, frames=8, image_size=96)
+    _, report, model = load(weights, max_text_len=80, frames=8, image_size=96)
     assert sorted(report["resized"]) == [
         "pos_embed", "temporal_embed", "text_embeddings.position_embeddings.weight"]
     grid = weights["transformer.pos_embed"][:, 1:].mT.reshape(1, 48, 4, 4)   # as timm, Tab. 2a:
@@ -411,11 +408,10 @@ def test_released_checkpoints_load_in_every_form_they_come_in(tmp_path):
     assert torch.equal(model.temporal_embed, F.pad(times, (0, 0, 0, 5)))     # the rest is 0
     assert torch.equal(load_release(path, heads=4, frames=2)[0].temporal_embed, times[:, :2])
     few = {k: v for k, v in weights.items() if "_proj" not in k}                        # MLM + ITM
-    assert {name.split(".")[0] for name in load_released(few, path)[1]["initialised"]} == {
-        "text_proj", "video_proj"}
+    assert {name.split("_")[0] for name in load(few)[1]["initialised"]} == {"text", "video"}
     distilled = {"transformer.dist_token": torch.randn(1, 1, 48),            # All-in-one-S, which
                  "transformer.pos_embed": torch.randn(1, 18, 48)}            # has unused positions
-    _, report, model = load_released(weights | distilled, path)
+    _, report, model = load(weights | distilled)
     assert model.config.distilled and report["ignored"] == ["temporal_embed"]
 
 
@@ -657,14 +653,9 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
     avi = film(tmp_path / "whole.avi", "codec=mpeg4").read_bytes()
     mkv = film(tmp_path / "whole.mkv", "g=10 n=300").read_bytes()
     (tmp_path / "folder").mkdir()
-    with av.open(str(tmp_path / "sound.wav"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
-        frame.rate = 8000
-        container.mux(stream.encode(frame))
     for name, content, reason in [
-            ("missing.mp4", None, "no such file"), ("sound.wav", None, "no video stream"),
-            ("folder", None, "no frame"), ("words.txt", b"once upon " * 50, "no video stream"),
+            ("missing.mp4", None, "no such file"), ("folder", None, "no frame"),
+            ("words.txt", b"once upon " * 50, "no video stream"),
             ("empty.mp4", b"", "cannot be decoded"),
             ("noise.mp4", bytes(range(256)) * 20, "cannot be decoded"),
             ("zeroed.mp4", whole[:-2000] + bytes(100) + whole[-1900:], "cannot be decoded"),
@@ -697,14 +688,11 @@ def test_damage_spoils_what_is_predicted_from_it(name, options, whole, damaged, 
 
 @on_linux
 def test_fuzzed_clips_never_crash_hang_or_leak(tmp_path):
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
     films = ["a.mp4", "b.mkv", "c.webm codec=libvpx deadline=realtime", "d.avi codec=mpeg4 bf=2"]
     films += [f"{i}{FILMS[kind]}"
-              for i, kind in enumerate(["VP9", "AV1", "HEVC, open GOPs", "GIF"])]
+              for i, kind in enumerate(["VP9 with hidden frames", "AV1", "HEVC, open GOPs", "GIF"])]
     whole = [film(tmp_path / text.split()[0], text.partition(" ")[2]) for text in films]
-    outcomes, slowest, turns = collections.Counter(), 0.0, 1000 if FULL else 80
+    outcomes, slowest, pages, turns = collections.Counter(), 0.0, [], 1000 if FULL else 80
     for turn in range(turns):
         random, original = np.random.default_rng(turn), whole[turn % len(whole)]
         content = bytearray(original.read_bytes())
@@ -723,9 +711,8 @@ def test_fuzzed_clips_never_crash_hang_or_leak(tmp_path):
             outcomes["unreadable"] += 1
         signal.alarm(0)
         slowest = max(slowest, time.process_time() - began)
-        if turn == turns // 4:                                    # every decoder has been at work
-            before = resident()
-    grown = (resident() - before) / 2 ** 20
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))   # resident
+    grown = (pages[-1] - pages[turns // 4]) * resource.getpagesize() / 2 ** 20   # all have worked
     print(f"{turns} corruptions: {dict(outcomes)}, slowest {slowest:.2f} CPU-s, {grown:.1f} MiB")
     assert min(outcomes["read"], outcomes["unreadable"]) > turns / 5
     assert slowest < 10 and grown < 30
@@ -832,11 +819,10 @@ def test_any_number_of_processes_sees_the_same_batches_and_resuming_skips_nothin
 WORDS = ["a dog runs to the left", "two cats play with a ball", "a man cooks rice"]
 
 
-def test_tokens_travel_as_json_and_too_long_questions_lose_their_own_last_words():
+def test_texts_become_the_same_tokens_anywhere_and_too_long_questions_lose_their_own_last_words():
     tokenizer = Tokenizer.train(WORDS, 200)
     assert tokenizer.to_json() == Tokenizer.train(WORDS, 200).to_json()
-    again = Tokenizer.from_json(tokenizer.to_json())
-    assert again.encode("Á DOG, runs", 9) == tokenizer.encode("a dog, runs", 9)
+    assert tokenizer.encode("Á DOG, runs", 9) == tokenizer.encode("a dog, runs", 9)
     for text, most, first, expected in [
             ("a dog", 40, None, "[CLS] a dog [SEP]"), ("", 4, None, "[CLS] [SEP]"),
             ("a dog runs", 4, None, "[CLS] a dog [SEP]"),
@@ -902,21 +888,17 @@ def test_a_mismatched_text_never_meets_a_clip_of_the_same_caption():       # Sec
 
 
 def clips_of(folder, lines, task="pretrain", **options):
-    """A Clips over `lines` (dicts), written to folder/m.jsonl beside one film, a.mp4."""
+    """A Clips over `lines` (dicts or captions), written to folder/m.jsonl beside a film, a.mp4."""
     if not (folder / "a.mp4").exists():
         film(folder / "a.mp4", "n=12 w=48 h=40")
-    lines = [{"video": "a.mp4", **line} for line in lines]
-    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"text": line} if isinstance(line, str) else line for line in lines]
+    (folder / "m.jsonl").write_text(jsonl(*({"video": "a.mp4"} | line for line in lines)))
     options = {"frames": 3, "image_size": 32, "max_text_len": 40, "train": True, **options}
     return Clips(Manifest(folder / "m.jsonl"), Tokenizer.train(WORDS, 200), task, **options)
 
 
-def captioned(*said):
-    return [{"text": text} for text in said]
-
-
 def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
-    clips = clips_of(tmp_path, captioned(*WORDS) * 8)
+    clips = clips_of(tmp_path, WORDS * 8)
     merge = partial(collate, clips=clips, group=4)
 
     def batches(workers=0, rank=0, world=1):
@@ -935,7 +917,7 @@ def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
 
 
 def test_a_pretraining_batch_is_padded_to_stable_shapes(tmp_path):
-    clips = clips_of(tmp_path, captioned(*WORDS))
+    clips = clips_of(tmp_path, WORDS)
     batch = collate([clips[i, i] for i in range(3)], clips)
     assert batch["video"].shape == (3, 3, 3, 32, 32) and batch["video"].dtype == torch.uint8
     assert batch["text_ids"].shape == batch["mlm_ids"].shape == (3, 8)
@@ -981,7 +963,7 @@ def test_each_task_gets_the_words_it_needs(tmp_path):
 
 
 def test_retrieval_reads_all_captions_in_evaluation_and_in_training_one_among_false_ones(tmp_path):
-    lines = [{"texts": WORDS}, *captioned("rice", "a ball", WORDS[0])]
+    lines = [{"texts": WORDS}, "rice", "a ball", WORDS[0]]
     clips = clips_of(tmp_path, lines, "retrieval", train=False)
     batch = collate([clips[0, 0], clips[1, 1]], clips)
     assert batch["text_clip"].tolist() == [0, 0, 0, 1] and len(batch["text_ids"]) == 4
@@ -1033,7 +1015,7 @@ def test_crops_are_alike_in_all_frames_and_left_is_never_flipped(tmp_path):
     assert torch.equal(cropped[0], cropped[2])
     assert torch.equal(augment(video, 32, False), video[..., 4:36, 8:40])
     assert augment(video, 32, True, rand_augment=True, flip=True).shape == (3, 3, 32, 32)
-    flipped = clips_of(tmp_path, [*captioned("bright", "a dog runs to the left"),
+    flipped = clips_of(tmp_path, ["bright", "a dog runs to the left",
                                   {"text": "a", "options": ["b", "the Right one"]},
                                   {"text": "a", "question": "left?"}], flip=True)
     straight = replace(flipped, flip=False)
@@ -1708,18 +1690,12 @@ def training_batch(config, B=4, m=8):
 
 
 @pytest.fixture
-def alone():
-    """A process group of this process alone, as train.py and eval.py make one."""
-    with eval.joined_processes():
-        yield
-
-
-@pytest.fixture
-def trainer(clips, tmp_path, alone):
+def trainer(clips, tmp_path):
     def of(*flags):
         flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--out", tmp_path / "run", *flags]
         return train.Trainer(*train.configure(list(map(str, flags))), torch.device("cpu"), print)
-    return of
+    with eval.joined_processes():
+        yield of
 
 
 def test_a_step_has_the_gradient_of_two_plain_joint_passes_and_a_tenth_of_alignment(trainer):
@@ -1821,15 +1797,10 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_samples(clips, tm
     assert saved["state"]["step"] == int(re.search(r"step (\d+):", err)[1])
 
 
-def test_unreadable_clips_are_never_replaced_in_evaluation_and_stop_training_above_1_in_10(
-        clips, whole_run, tmp_path):
-    lines = (clips / "choice.jsonl").read_text().replace('"video": "', f'"video": "{clips}/')
-    lines = lines.splitlines(True)[:8]
+def test_training_stops_where_more_than_1_clip_in_10_cannot_be_read(clips, whole_run, tmp_path):
+    lines = absolute(clips / "choice.jsonl")[:8]
     lines[3] = lines[3].replace("3.mp4", "absent.mp4")                       # 1 in 9 visits fails
     (tmp_path / "choice.jsonl").write_text("".join(lines))
-    out = evaluate("choice", tmp_path / "choice.jsonl", whole_run / "checkpoint.pt")
-    assert re.search(r"order .* 7\n", out) and "INCOMPLETE: 1 of 8 samples" in out
-    assert out.count("absent.mp4") == 1
     err = fine_tune("choice", tmp_path / "choice.jsonl", tmp_path / "run", whole_run,
                     "--steps", 50, code=1)
     assert "11 of 103 clips cannot be read, above 1 in 10" in err
@@ -2023,7 +1994,8 @@ def test_two_processes_find_exactly_what_one_finds(
     Started(tmp_path / "out.txt", "eval.py", *flags, "--json", tmp_path / "2.jsonl",
             "--out", tmp_path / "2", processes=2).wait()         # two does not divide the clips
     two = (tmp_path / "out.txt").read_text()
-    assert table(one) == table(two) and two.count("absent.mp4") == 1
+    assert table(one) == table(two) and two.count("absent.mp4") == 1      # never replaced
+    assert not scored or f"INCOMPLETE: 1 of {len(lines) + 1} samples" in one
     found = lines_of(tmp_path / "1.jsonl")
     assert found == lines_of(tmp_path / "2.jsonl")
     assert found == sorted(found, key=lambda line: line.get("index", 0))
