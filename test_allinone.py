@@ -3,10 +3,7 @@
 Order: model and rolling (Sec. 3.1, 3.2), objectives (3.3), release, weights, data, training, tasks.
 """
 
-from __future__ import annotations
-
 import ast
-import builtins
 import collections
 import contextlib
 import fcntl
@@ -423,7 +420,7 @@ def trap(function, *args):
 @pytest.mark.parametrize("zipped, protocol", [(True, 2), (True, 4), (False, 2)])  # torch before 1.6
 def test_nothing_that_a_checkpoint_pickles_is_executed(zipped, protocol, tmp_path):
     made = [str(tmp_path / name) for name in "abcd"]
-    traps = [trap(os.mkdir, made[0]), trap(builtins.open, made[1], "w"),
+    traps = [trap(os.mkdir, made[0]), trap(open, made[1], "w"),
              trap(torch.save, {}, made[2]), trap(exec, f"import os; os.mkdir('{made[3]}')")]
     # Config stands for Lightning's classes, which a checkpoint pickles and nobody has installed
     extras = {"traps": traps, "dict": collections.defaultdict(Config, a=TINY), "set": {TINY},
@@ -458,18 +455,17 @@ def test_attention_and_mlp_are_initialised_from_vit_or_deit(wrap, spatial, tmp_p
     assert all(torch.equal(model.state_dict()[k], weights[k]) for k in report["loaded"])
 
 
-def into_vit(path):
-    return load_vit(build(), path)
+INTO_VIT = partial(load_vit, build())
 
 
 @pytest.mark.parametrize("load, content, message", [
     (load_release, b"", "or damaged"), (load_release, b"not one at all", "not a file of weights"),
     (load_release, {"state_dict": {"fc.weight": torch.zeros(2)}}, "not a released All-in-one"),
     (load_release, [1, 2], "holds a list"), (load_release, None, "no such file"),
-    (into_vit, vit_weights({"blocks.0.gamma": torch.zeros(1)}), r"1 unknown .*\(blocks.0.gamma\)"),
-    (into_vit, vit_weights({"norm.bias": None}), r"1 missing \(norm.bias\)"),
-    (into_vit, vit_weights({"cls_token": torch.zeros(1, 1, 64)}), "another variant"),
-    (into_vit, vit_weights({}, distilled=True), r"1 unknown .*\(dist_token\).*--distilled")])
+    (INTO_VIT, vit_weights({"blocks.0.gamma": torch.zeros(1)}), r"1 unknown .*\(blocks.0.gamma\)"),
+    (INTO_VIT, vit_weights({"norm.bias": None}), r"1 missing \(norm.bias\)"),
+    (INTO_VIT, vit_weights({"cls_token": torch.zeros(1, 1, 64)}), "another variant"),
+    (INTO_VIT, vit_weights({}, distilled=True), r"1 unknown .*\(dist_token\).*--distilled")])
 def test_a_wrong_file_of_weights_gets_a_clear_error(load, content, message, tmp_path):
     path = tmp_path / "wrong.ckpt"
     if isinstance(content, bytes):
@@ -519,24 +515,15 @@ def every_frame(path, short_side=None):
     return torch.stack(frames)
 
 
-def all_of(n):
-    return list(range(n))
-
-
 FILMS = {  # kind: file name and arguments of film
     "H.264 with B-frames, GOP 30": "a.mp4 n=90 g=30 bf=3",
-    "H.264 without B-frames": "a.mp4 g=30 bf=0",
     "H.264, GOP 250": "a.mp4 n=300 x264_params=keyint=250:scenecut=0:bframes=3:b-adapt=0",
     "H.264 with a pyramid of B-frames": "a.mp4 x264_params=b-pyramid=normal:bframes=8:b-adapt=0",
     "H.264, open GOPs": "a.mp4 x264_params=open-gop=1:keyint=12:min-keyint=12:bframes=3",
-    "H.264 in Matroska": "a.mkv g=15",
     "H.264 in a transport stream, starting late": "a.ts g=15 offset=300",
     "H.264 in AVI": "a.avi g=15 bf=2",
     "H.264, interlaced": "a.mp4 g=20 x264_params=tff=1:bframes=2",
     "HEVC, open GOPs": "a.mp4 codec=libx265 x265_params=keyint=15:min-keyint=15:log-level=none",
-    "HEVC with temporal layers":
-        "a.mp4 codec=libx265 x265_params=keyint=15:temporal-layers=3:log-level=none",
-    "VP9": "a.webm codec=libvpx-vp9 g=20 deadline=realtime cpu_used=8",
     "VP9 with hidden frames": "a.webm codec=libvpx-vp9 g=30 auto_alt_ref=1 lag_in_frames=12 "
                               "deadline=good cpu_used=5",
     "VP8 with hidden frames": "a.webm codec=libvpx g=30 auto_alt_ref=1 lag_in_frames=12 "
@@ -545,13 +532,12 @@ FILMS = {  # kind: file name and arguments of film
     "MPEG-4 in AVI": "a.avi codec=mpeg4 g=12",
     "MPEG-4 with B-frames in AVI": "a.avi codec=mpeg4 g=12 bf=2",
     "MPEG-2": "a.mpg codec=mpeg2video g=12 bf=2",
-    "Motion JPEG": "a.avi codec=mjpeg pix_fmt=yuvj420p",
     "GIF": "a.gif codec=gif pix_fmt=rgb8 rate=10 n=20",
     "a variable frame rate": "a.mp4 g=20 vary=7",
     "a late first frame": "a.mp4 g=20 offset=45",
     "odd sizes": "a.mkv w=97 h=65 pix_fmt=yuv444p g=20",
     "10 bits": "a.mp4 codec=libx265 pix_fmt=yuv420p10le x265_params=keyint=20:log-level=none",
-    "two frames": "a.mp4 n=2", "one frame": "a.mp4 n=1"}
+    "one frame": "a.mp4 n=1"}
 # Only these have no usable times, so that they are decoded from their first frame.
 SERIAL = {"H.264 in a transport stream, starting late", "H.264 in AVI",
           "MPEG-4 with B-frames in AVI", "MPEG-2"}
@@ -569,8 +555,8 @@ def test_each_chosen_frame_equals_that_frame_of_a_full_decode(kind, tmp_path, mo
         frames = decode(path, lambda n: counts.append(n) or picked, 48)
         assert counts[-1] == len(truth) == int((re.findall(r"\bn=(\d+)", options) or [60])[0])
         assert torch.equal(frames, truth[picked])
-    assert torch.equal(decode(path, all_of), every_frame(path))
-    backwards = all_of(len(truth))[::-1] + [0, 0]
+    assert torch.equal(decode(path, range), every_frame(path))
+    backwards = [*range(len(truth))[::-1], 0, 0]
     assert torch.equal(decode(path, lambda n: backwards, 48), truth[backwards])
     assert bool(serial) == (kind in SERIAL)
 
@@ -601,13 +587,13 @@ def test_a_window_holds_the_frames_shown_from_start_to_end_seconds(film_of, tmp_
     for start, end, shown in [(0.5, 1.2, slice(15, 36)), (1.5, None, slice(45, 60)),
                               (None, 0.1, slice(0, 3)),                    # 0.5 s is in, 1.2 is out
                               (1.01, 1.02, slice(30, 31))]:                # on display then
-        window = decode(path, lambda n: counts.append(n) or all_of(n), None, start, end)
+        window = decode(path, lambda n: counts.append(n) or range(n), None, start, end)
         assert torch.equal(window, every_frame(path)[shown])
     assert counts[0] == 21
     with pytest.raises(Unreadable, match="start and end"):
-        decode(path, all_of, None, 7.0, 9.0)
+        decode(path, range, None, 7.0, 9.0)
     with pytest.raises(Unreadable, match="cannot be decoded|start and end"):
-        decode(path, all_of, None, math.inf)
+        decode(path, range, None, math.inf)
 
 
 def test_rotated_phone_video_comes_out_upright(tmp_path):
@@ -617,7 +603,7 @@ def test_rotated_phone_video_comes_out_upright(tmp_path):
     content[matrix:matrix + 20] = struct.pack(">5i", 0, 0x10000, 0, -0x10000, 0)
     path.write_bytes(content)
     assert decode(path, lambda n: [0, 5, 9], 32).shape == (3, 3, 48, 32)    # portrait
-    assert torch.equal(decode(path, all_of), clockwise)
+    assert torch.equal(decode(path, range), clockwise)
 
 
 def picture(path, size=(40, 20), grey=None):
@@ -635,14 +621,14 @@ def test_images_and_folders_of_images_are_clips(tmp_path):
     image = decode(tmp_path / "2.jpg", lambda n: sample_frames(n, 3, False), 10)
     assert image.shape == (3, 3, 10, 20) and abs(image.float().mean() - 40) < 2
     for window, shown in [((), [1, 2, 10]), ((0.75, None, 2), [10]), ((0, 0.5, 2), [1])]:
-        clip = decode(tmp_path, all_of, None, *window)
+        clip = decode(tmp_path, range, None, *window)
         assert clip.shape == (len(shown), 3, 20, 40)
         assert (clip.float().mean((1, 2, 3)) / 20).round().tolist() == shown
     with pytest.raises(Unreadable, match='give their rate as "fps"'):
-        decode(tmp_path, all_of, None, 0, 0.5)
+        decode(tmp_path, range, None, 0, 0.5)
     picture(tmp_path / "3.png", (31, 20))
-    assert decode(tmp_path / "3.png", all_of).shape == (1, 3, 20, 31)
-    assert decode(tmp_path, all_of).shape == (4, 3, 20, 40)                # as large as the first
+    assert decode(tmp_path / "3.png", range).shape == (1, 3, 20, 31)
+    assert decode(tmp_path, range).shape == (4, 3, 20, 40)                # as large as the first
 
 
 def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
@@ -666,7 +652,7 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(Unreadable, match=f"{name}: .*{reason}"):
-            decode(tmp_path / name, all_of, 32)
+            decode(tmp_path / name, range, 32)
 
 
 @pytest.mark.parametrize("name, options, whole, damaged", [
@@ -780,9 +766,6 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path):
         with pytest.raises(DataError, match=f"{name}:{line}: .*{complaint}") as caught:
             Manifest(tmp_path / name)[line - 1]
         assert "\n" not in str(caught.value)
-    (tmp_path / "d.csv").write_text("video,texts,start\na.mp4,\"['x', 'y  z']\",.5")
-    sample = Manifest(tmp_path / "d.csv")[0]
-    assert (sample["texts"], sample["start"]) == (["x", "y z"], 0.5)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     for name, complaint in [("empty.jsonl", "no samples"), ("none.jsonl", "no such manifest")]:
         with pytest.raises(DataError, match=complaint):
@@ -1322,8 +1305,8 @@ def test_own_tables_and_folders_are_manifests(tmp_path):
     for name, content, columns, expected in [
             ("a.csv", 'path,caption\nsub/a.mp4,"a ""red"" dog,\nruns"\n', (),
              {"text": 'a "red" dog, runs'}),
-            ("b.tsv", "file\tTitle\tstart\nsub/a.mp4\ta, cat\t1.5\n", (),
-             {"text": "a, cat", "start": 1.5}),
+            ("b.tsv", "file\tTitle\tstart\tTexts\nsub/a.mp4\ta, cat\t.5\t['x', 'y  z']\n", (),
+             {"text": "a, cat", "start": 0.5, "texts": ["x", "y z"]}),
             ("c.csv", "name,en,text\nsub/a.mp4,a cow,eine Kuh\n", ["video=name", "text=en"],
              {"text": "a cow"}),
             ("sub/a.txt", "a cat\n sleeps", (), {"text": "a cat sleeps"}),
@@ -1395,9 +1378,17 @@ def fine_tune(task, manifest, out, whole_run, *flags, code=0) -> str:
                "--out", out, *TUNING, *flags, code=code)
 
 
-def evaluate(task, manifest, checkpoint, *flags, code=0) -> str:
-    return run(eval, "--task", task, "--data", manifest, "--checkpoint", checkpoint,
-               "--workers", "0", *flags, code=code)
+def evaluate(task, files, checkpoint, *flags, code=0) -> str:
+    """What eval.py says of a manifest or, of --task fill to search, of clips."""
+    kind = "--video" if task in (*eval.USES, "search") else "--data"
+    return run(eval, "--task", task, kind, *files, "--checkpoint", checkpoint, "--workers", 0,
+               *flags, code=code)
+
+
+def predicted(task, files, checkpoint, saved, *flags) -> list[dict]:
+    """Its --json, written to `saved`."""
+    evaluate(task, files, checkpoint, "--json", saved, *flags)
+    return lines_of(saved)
 
 
 FORKS = multiprocessing.get_context("forkserver")      # a process that has torch loaded, and forks
@@ -1819,7 +1810,7 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
         both = []
         for name, one in (("a", toy_clip), ("b", twin)):
             data.write_clip(tmp_path / f"{name}.mp4", one.frames(), 4, data.TOY_X264)
-            both.append(decode(tmp_path / f"{name}.mp4", all_of))
+            both.append(decode(tmp_path / f"{name}.mp4", range))
         assert torch.equal(both[0], both[1].flip(0))   # from the files
 
 
@@ -1856,18 +1847,6 @@ def test_wrong_flags_and_files_say_in_one_line_what_to_do(
 
 
 # ---- Downstream tasks (Sec. 4.2) ----------------------------------------------------------------
-
-def table(out) -> list[str]:
-    """The rows of numbers that eval.py printed."""
-    return [line for line in out.splitlines() if re.search(r"\d+\.\d", line) and ":" not in line]
-
-
-def predicted(task, files, checkpoint, saved, *flags) -> list[dict]:
-    """What eval.py finds in a manifest or, to be used on clips, in files: its --json."""
-    run(eval, "--task", task, "--video" if task in eval.USES else "--data", *files, "--checkpoint",
-        checkpoint, "--workers", 0, "--json", saved, *flags)
-    return lines_of(saved)
-
 
 def test_clips_are_scored_as_they_were_trained_on_unless_a_flag_says_otherwise(
         clips, strong, tmp_path):
@@ -1994,7 +1973,8 @@ def test_two_processes_find_exactly_what_one_finds(
     Started(tmp_path / "out.txt", "eval.py", *flags, "--json", tmp_path / "2.jsonl",
             "--out", tmp_path / "2", processes=2).wait()         # two does not divide the clips
     two = (tmp_path / "out.txt").read_text()
-    assert table(one) == table(two) and two.count("absent.mp4") == 1      # never replaced
+    numbers = [re.findall(r"^[^:]*\d\.\d[^:]*$", said, re.M) for said in (one, two)]
+    assert numbers[0] == numbers[1] and two.count("absent.mp4") == 1      # never replaced
     assert not scored or f"INCOMPLETE: 1 of {len(lines) + 1} samples" in one
     found = lines_of(tmp_path / "1.jsonl")
     assert found == lines_of(tmp_path / "2.jsonl")
@@ -2076,7 +2056,7 @@ def test_the_choice_head_starts_as_the_pretrained_vtm_head(clips, whole_run, tmp
     out = fine_tune("choice", questions, tmp_path / "run", whole_run, "--val", questions, "--lr", 0)
     tuned, pretrained = (finished(run)[0]["model"] for run in (tmp_path / "run", whole_run))
     assert equal(tuned["vtm_head.weight"], pretrained["vtm_head.weight"])
-    scored = evaluate("choice", questions, whole_run / "checkpoint.pt")
+    scored = evaluate("choice", [questions], whole_run / "checkpoint.pt")
     assert re.search(r"order +\d+\.\d +50\.0 +24", scored)[0] in out and "choice_accuracy" in out
 
 
@@ -2097,8 +2077,8 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
     assert probe("--lr", 1) == 0                                         # kept
     assert not equal(finished(out)[0]["model"]["answer_head.0.weight"],
                      probed["model"]["answer_head.0.weight"])
-    printed = evaluate("probe", own / "qa.jsonl", out / "checkpoint.pt")
-    assert re.search(r"top-1 % +top-5 % +top-10 %", printed) and len(table(printed)) == 1
+    printed = evaluate("probe", [own / "qa.jsonl"], out / "checkpoint.pt")
+    assert re.search(r"top-1 % +top-5 % +top-10 %", printed)
     shutil.copy(own / "9.mp4", own / "2.mp4")                            # another clip of that name
     assert probe() == 1
     (out / "features.pt").write_bytes(b"damaged")                        # no more than a cache
@@ -2173,7 +2153,7 @@ def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(
     assert equal(alone.flatten(2), shuffled[1:])
     (tmp_path / "msrvtt_mc").symlink_to(clips)                   # README has the paper's numbers
     manifest, checkpoint = tmp_path / "msrvtt_mc" / "choice.jsonl", whole_run / "checkpoint.pt"
-    printed = evaluate("choice", manifest, checkpoint, "--order", "reversed", "--bootstrap", 20,
+    printed = evaluate("choice", [manifest], checkpoint, "--order", "reversed", "--bootstrap", 20,
                        "--json", tmp_path / "p")
     assert "--order reversed" in printed and "paper: | msrvtt_mc, lsmdc_mc | choice" in printed
     assert re.search(r"order +\d+\.\d \[\d+\.\d, \d+\.\d\] +50\.0 \[50\.0, 50\.0\] +24", printed)
@@ -2258,8 +2238,7 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
     (tmp_path / "broken.mp4").write_bytes(b"not a film")
 
     def search(*flags, checkpoint=strong):
-        out = run(eval, "--task", "search", "--video", tmp_path, "--text", "white ring",
-                  "a square", "--checkpoint", checkpoint, "--workers", "0", *flags)
+        out = evaluate("search", [tmp_path], checkpoint, "--text", "white ring", "a square", *flags)
         assert "left out" in out and "broken.mp4" in out
         return ([json.loads(line) for line in out.splitlines() if line.startswith("{")],
                 re.findall(r"features of (\d+) clips;", out))
@@ -2284,6 +2263,6 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
     (tmp_path / "film.mp4").write_bytes(b"not an index")
     for other, message in (strong, "holds no features"), (tmp_path / "film.mp4", "or damaged"):
         before = other.read_bytes()
-        assert message in run(eval, "--task", "search", "--video", tmp_path, "--text", "a",
-                              "--checkpoint", strong, "--index", other, "--workers", "0", code=1)
+        assert message in evaluate("search", [tmp_path], strong, "--text", "a", "--index", other,
+                                   code=1)
         assert other.read_bytes() == before                        # never written over
