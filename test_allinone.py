@@ -47,8 +47,7 @@ import data
 import eval
 import train
 from allinone import (VARIANTS, AllInOne, Config, Select, Temporal, channel_shift, load_release,
-                      load_vit, mlm_loss, token_rolling, vtc_loss, vtm_loss,
-                      word_patch_alignment_loss, word_patch_transport)
+                      load_vit, mlm_loss, token_rolling, vtc_loss, vtm_loss, word_patch_transport)
 from data import (Batches, Clips, DataError, Manifest, Tokenizer, Unreadable,
                   augment, collate, convert, decode, entries, mask_tokens, sample_frames,
                   shuffled, vtm_pairs)
@@ -296,18 +295,10 @@ def test_wrong_inputs_raise_the_message_a_person_needs(wrong, message):
 
 # ---- Training objectives (Sec. 3.3) -------------------------------------------------------------
 
-def test_objectives_by_hand():  # VTC and transport: the release's numbers, below
-    logits, labels = torch.tensor([[2.0, 0.0], [0.5, 1.5]]), torch.tensor([0, 1])
-    by_hand = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2
-    assert vtm_loss(logits, labels).item() == pytest.approx(by_hand)
-    logits = torch.randn(4, 50, requires_grad=True)                          # MLM: a sum
-    expected = -(logits.log_softmax(-1)[0, 3] + logits.log_softmax(-1)[2, 7])
-    assert torch.allclose(mlm_loss(logits, torch.tensor([3, -100, 7, -100])), expected)
+def test_a_batch_without_masked_words_has_no_loss_and_no_gradient():  # the rest: two plain passes
+    logits = torch.randn(4, 50, requires_grad=True)
     nothing = mlm_loss(logits, torch.full((4,), -100))
     assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].eq(0).all()
-    distance = torch.tensor([0.25, 0.75], requires_grad=True)                # pulls, pushes
-    loss = word_patch_alignment_loss(distance, torch.tensor([1, 0]))
-    assert loss == -0.25 and torch.autograd.grad(loss, distance)[0].tolist() == [0.5, -0.5]
 
 
 # ---- The release's own forward pass (float32, evaluation mode) ----------------------------------
@@ -969,25 +960,6 @@ def test_a_video_of_many_captions_gives_one_window_a_visit(tmp_path):      # How
     assert clips.captions(sample) and sample["end"] - max(sample["start"], 0) <= data.MIN_WINDOW
 
 
-def test_training_skips_and_reports_what_evaluation_never_replaces(tmp_path):
-    clips = clips_of(tmp_path, [{"video": f"{name}.mp4", "text": "a"} for name in
-                                ("gone", "cut", "a")])
-    (tmp_path / "cut.mp4").write_bytes(b"nothing like a film")
-    merge = partial(collate, clips=clips)
-    for train, keys, indices in [(True, [(0, 5), (2, 6)], [2, 2]),
-                                 (False, [(0, 0), (1, 1), (2, 2)], [2]),
-                                 (False, [(0, 0), (1, 1)], [])]:
-        clips.train = train
-        (batch,) = data.load(clips, [keys], merge, 0)
-        assert batch["index"].tolist() == indices and ("video" in batch) == bool(indices)
-        gone, cut = batch["errors"]
-        assert "m.jsonl:1" in gone and "gone.mp4: no such file" in gone and "m.jsonl:2" in cut
-    (tmp_path / "a.mp4").unlink()                                # disappears during training
-    clips.train = True
-    with pytest.raises(DataError, match="in a row"):
-        list(data.load(clips, [[(0, 0)]], merge, 0))
-
-
 def test_crops_are_alike_in_all_frames_and_left_is_never_flipped(tmp_path):
     frame = torch.arange(40 * 48).remainder(251).to(torch.uint8).reshape(40, 48)
     video = frame.expand(3, 3, 40, 48)
@@ -1042,7 +1014,8 @@ class Deadly(Clips):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_reader_that_dies_or_hangs_costs_only_its_clip(workers, tmp_path):
+def test_a_reader_that_dies_or_hangs_costs_only_its_clip_which_evaluation_never_replaces(
+        workers, tmp_path):
     plain = clips_of(tmp_path, texts(WORDS[0]) * 9)
     clips = Deadly(plain.manifest, plain.tokenizer, "pretrain", 3, 32, 40, train=True)
     keys = [[(i, 10 * t + i) for i in range(begin, begin + 3)]
@@ -1059,6 +1032,8 @@ def test_a_reader_that_dies_or_hangs_costs_only_its_clip(workers, tmp_path):
     clips.train = False
     (batch,) = data.load(clips, keys[:1], partial(collate, clips=clips), workers, timeout=1)
     assert batch["index"].tolist() == [0, 1] and "took its reader down" in batch["errors"][0]
+    (batch,) = data.load(clips, [[(2, 2)]], partial(collate, clips=clips), workers, timeout=1)
+    assert batch["index"].tolist() == [] and "video" not in batch
 
 
 @on_linux
@@ -1343,6 +1318,7 @@ def clips(tmp_path_factory) -> Path:
             lines["qa"].append({"video": video, "question": "what shape is it?",
                                 "answer": texts[0].split()[i % 2]})
     lines["no_answer"].append({"video": video, "options": texts})
+    lines["gone"].append({"video": "gone.mp4", "text": "a"})
     for name, samples in lines.items():
         (folder / f"{name}.jsonl").write_text(jsonl(*samples))
     return folder
@@ -1675,9 +1651,10 @@ def training_batch(config, B=4, m=8):
     where = (torch.rand(B, m).topk(2).indices + m * torch.arange(B)[:, None]).flatten()
     return {"video": torch.randint(256, (B, config.frames, 3, size, size), dtype=torch.uint8),
             "text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool), "mlm_ids": ids,
-            "mlm_where": where, "mlm_labels": ids.flatten()[where], "where": ["x"] * B,
-            "label": torch.zeros(B), "set": torch.zeros(B), "vtm_source": torch.arange(B).roll(1),
-            "vtm_labels": torch.zeros(B, dtype=torch.int64)}
+            "mlm_where": F.pad(where, (0, 2)),
+            "mlm_labels": F.pad(ids.flatten()[where], (0, 2), value=-100),
+            "where": ["x"] * B, "label": torch.zeros(B), "set": torch.zeros(B),
+            "vtm_source": torch.arange(B).roll(1), "vtm_labels": torch.arange(B) % 2}
 
 
 @pytest.fixture
@@ -1695,9 +1672,9 @@ def test_a_step_has_the_gradient_of_two_plain_joint_passes_and_a_tenth_of_alignm
     words = model.mlm_head(model(batch["video"], batch["mlm_ids"]).text).flatten(0, 1)
     loss = F.cross_entropy(words[batch["mlm_where"]], batch["mlm_labels"])
     features = model(batch["video"][batch["vtm_source"]], batch["text_ids"])
-    loss += vtm_loss(model.vtm_head(features.pooled), batch["vtm_labels"])
+    loss += F.cross_entropy(model.vtm_head(features.pooled), batch["vtm_labels"])
     distance, _ = word_patch_transport(features.text, features.video[:, 1:], batch["text_mask"])
-    loss += 0.1 * word_patch_alignment_loss(distance, batch["vtm_labels"])       # release
+    loss += 0.1 * (distance * (2 * batch["vtm_labels"] - 1)).mean()      # release: pulls, pushes
     parameters = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(loss, parameters, allow_unused=True)
     one.gradients([batch], 0)
@@ -1795,6 +1772,7 @@ def test_training_stops_where_more_than_1_clip_in_10_cannot_be_read(clips, whole
     err = fine_tune("choice", tmp_path / "choice.jsonl", tmp_path / "run", whole_run,
                     "--steps", 50, code=1)
     assert "11 of 103 clips cannot be read, above 1 in 10" in err
+    assert re.search(r"choice.jsonl:4: \S+absent.mp4: no such file", err)
     log = lines_of(tmp_path / "run" / "log.jsonl")
     named = [len(line["unreadable"]) for line in log if isinstance(line.get("unreadable"), list)]
     assert sum(named) == next(line["unreadable"] for line in log[::-1] if "lr" in line) == 11
@@ -1834,6 +1812,7 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     ("--data {clips}/train.jsonl --vocab absent.txt", "local vocab.txt"),
     ("--data {clips}/choice.jsonl --vocab train --workers 0", "choice.jsonl:"),
     ("--data {clips}/train.jsonl --vocab train --val absent.jsonl", "absent.jsonl: no such"),
+    ("--data {clips}/gone.jsonl --vocab train --workers 0", "100 clips in a row cannot be read"),
     ("--data {clips}/choice.jsonl --vocab train --task choice --val {clips}/no_answer.jsonl",
      '"answer" is None; expected an index into the 2 options')])
 def test_wrong_flags_and_files_say_in_one_line_what_to_do(
@@ -2078,7 +2057,7 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
     assert not equal(finished(out)[0]["model"]["answer_head.0.weight"],
                      probed["model"]["answer_head.0.weight"])
     printed = evaluate("probe", [own / "qa.jsonl"], out / "checkpoint.pt")
-    assert re.search(r"top-1 % +top-5 % +top-10 %", printed)
+    assert re.search(r"top-1 % +top-5 % +top-10 %.*\n.*\d\.\d +\d+\.\d +\d+\.\d", printed)
     shutil.copy(own / "9.mp4", own / "2.mp4")                            # another clip of that name
     assert probe() == 1
     (out / "features.pt").write_bytes(b"damaged")                        # no more than a cache
