@@ -881,7 +881,8 @@ def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
     alone, halves = batches(), [batches(rank=rank, world=2) for rank in range(2)]
     for one, other in zip(alone, batches(workers=2), strict=True):
         assert one.keys() == other.keys()
-        assert all(equal(one[key], other[key]) for key in one)
+        for key, value in one.items():
+            assert value == other[key] if isinstance(value, list) else value.equal(other[key]), key
     for name, offset in (("vtm_source", 8), ("vtm_labels", 0)):      # as on two processes
         both = torch.cat([halves[0][0][name], halves[1][0][name] + offset])
         assert torch.equal(alone[0][name], both)
@@ -1427,17 +1428,6 @@ def finished(out) -> tuple[dict, list]:
     return torch.load(out / "checkpoint.pt", weights_only=True), losses
 
 
-def equal(a, b) -> bool:
-    """Whether two nests of dicts, lists and tensors are the same to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 def same_bits(one, other):
     """Two run folders hold the same weights, optimiser state, best and losses of every step."""
     (saved, losses), (expected, expected_losses) = finished(one), finished(other)
@@ -1446,7 +1436,7 @@ def same_bits(one, other):
         saved["best"], expected["best"] = (torch.load(out / "best.pt")["model"] for out in
                                            (one, other))
     for key in ("model", "optimizer", "scaler", "state", "best"):
-        assert equal(saved.get(key), expected.get(key)), key
+        torch.testing.assert_close(saved.get(key), expected.get(key), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="session")
@@ -1799,7 +1789,6 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     ("--data absent.jsonl", "absent.jsonl"),
     ("--objectives vtx", "--objectives vtx: those of --task pretrain are vtm, mlm"),
     ("--objectives wpa", "wpa needs vtm"),
-    ("--task choice --objectives vtm", "those of --task choice are choice"),
     ("--data a --val b/x_test.clean.jsonl --val_every 5", "the validation"),
     ("--log_every 0", "must be 1 or more"), ("--batch -4", "must be 0 or more"),
     ("--val_every 5 --data a", "--val_every needs --val"),
@@ -2034,7 +2023,7 @@ def test_the_choice_head_starts_as_the_pretrained_vtm_head(clips, whole_run, tmp
     questions = clips / "choice.jsonl"                                       # Sec. 4.2.3
     out = fine_tune("choice", questions, tmp_path / "run", whole_run, "--val", questions, "--lr", 0)
     tuned, pretrained = (finished(run)[0]["model"] for run in (tmp_path / "run", whole_run))
-    assert equal(tuned["vtm_head.weight"], pretrained["vtm_head.weight"])
+    assert torch.equal(tuned["vtm_head.weight"], pretrained["vtm_head.weight"])
     scored = evaluate("choice", [questions], whole_run / "checkpoint.pt")
     assert re.search(r"order +\d+\.\d +50\.0 +24", scored)[0] in out and "choice_accuracy" in out
 
@@ -2050,12 +2039,12 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
 
     assert probe() == 7                                                              # Tab. 12
     (probed, _), (pretrained, _) = finished(out), finished(whole_run)
-    assert all(equal(probed["model"][k], v) for k, v in pretrained["model"].items())
+    assert all(v.equal(probed["model"][k]) for k, v in pretrained["model"].items())
     assert probed["model"].keys() - pretrained["model"].keys() == {
         "answer_head.0.weight", "answer_head.0.bias"}
     assert probe("--lr", 1) == 0                                         # kept
-    assert not equal(finished(out)[0]["model"]["answer_head.0.weight"],
-                     probed["model"]["answer_head.0.weight"])
+    assert not finished(out)[0]["model"]["answer_head.0.weight"].equal(
+        probed["model"]["answer_head.0.weight"])
     printed = evaluate("probe", [own / "qa.jsonl"], out / "checkpoint.pt")
     assert re.search(r"top-1 % +top-5 % +top-10 %.*\n.*\d\.\d +\d+\.\d +\d+\.\d", printed)
     shutil.copy(own / "9.mp4", own / "2.mp4")                            # another clip of that name
@@ -2124,12 +2113,12 @@ def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(
     kept, turned, first, shuffled = (
         eval.reorder(video, order, index).flatten(2) for order in
         ("kept", "reversed", "first", "shuffled"))
-    assert equal([kept, turned], [video.flatten(2), video.flatten(2).flip(2)])
-    assert equal(first, kept[:, :, :1].expand(-1, -1, 8)) and not equal(shuffled, kept)
-    assert equal(shuffled.sort(2).values, kept)
-    assert not equal(shuffled[0, 0], shuffled[1, 0] - 16)        # each clip by its number,
+    assert kept.equal(video.flatten(2)) and turned.equal(kept.flip(2))
+    assert first.equal(kept[:, :, :1].expand(-1, -1, 8))
+    assert shuffled.sort(2).values.equal(kept) and not shuffled.equal(kept)
+    assert not shuffled[0, 0].equal(shuffled[1, 0] - 16)         # each clip by its number,
     alone = eval.reorder(video[1:], "shuffled", index[1:])       # in any batch
-    assert equal(alone.flatten(2), shuffled[1:])
+    assert alone.flatten(2).equal(shuffled[1:])
     (tmp_path / "msrvtt_mc").symlink_to(clips)                   # README has the paper's numbers
     manifest, checkpoint = tmp_path / "msrvtt_mc" / "choice.jsonl", whole_run / "checkpoint.pt"
     printed = evaluate("choice", [manifest], checkpoint, "--order", "reversed", "--bootstrap", 20,
