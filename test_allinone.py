@@ -1391,7 +1391,7 @@ class Started:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-        self.ranks = [FORKS.Process(target=command, args=(
+        self.ranks = [FORKS.Process(target=command, daemon=True, args=(
             arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
             f"{self.output}{rank or ''}")) for rank in range(processes)]
         for rank in self.ranks:
@@ -1403,15 +1403,13 @@ class Started:
         return all(rank.is_alive() for rank in self.ranks)
 
     def wait(self, *codes) -> int:
-        """The exit code, one of those expected: by default 0. A rank whose other fails is killed,
-        as torchrun does."""
-        signal.alarm(300)                                  # a hang ends the whole test run
+        """The exit code, one of those expected: by default 0. A rank that outlives another is
+        killed, as torchrun does."""
         while alive := [rank.sentinel for rank in self.ranks if rank.is_alive()]:
-            multiprocessing.connection.wait(alive)
+            assert multiprocessing.connection.wait(alive, 300), f"still running: {self.output}"
             if any(rank.exitcode for rank in self.ranks):
                 for rank in self.ranks:
                     rank.kill()
-        signal.alarm(0)
         code = max(abs(rank.exitcode) for rank in self.ranks)
         assert code in (codes or [0]), self.output.read_text()
         return code
