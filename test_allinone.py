@@ -633,6 +633,7 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
     for name, content, reason in [
             ("missing.mp4", None, "no such file"), ("folder", None, "no frame"),
             ("words.txt", b"once upon " * 50, "no video stream"),
+            ("sound.au", b".snd" + struct.pack(">5I", 24, 80, 3, 8000, 1) + bytes(80), "no video"),
             ("empty.mp4", b"", "cannot be decoded"),
             ("noise.mp4", bytes(range(256)) * 20, "cannot be decoded"),
             ("zeroed.mp4", whole[:-2000] + bytes(100) + whole[-1900:], "cannot be decoded"),
@@ -810,16 +811,15 @@ def test_texts_become_the_same_tokens_anywhere_and_too_long_questions_lose_their
 def test_a_local_vocabulary_is_read_and_an_unknown_name_asks_for_one(tmp_path):
     tokenizer = Tokenizer.train(WORDS, 200)
     vocabulary = tokenizer.words.get_vocab()
-    for name, content, message in [
-            ("vocab.txt", "\n".join(sorted(vocabulary, key=vocabulary.get)), None),
-            ("tokenizer.json", tokenizer.to_json(), None),
-            ("none.txt", None, "local vocab.txt"), ("no such name", None, "local vocab.txt"),
-            ("other.txt", "a\nb\n[UNK]", r"lacks \[PAD\]")]:
-        if content:
-            (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=message) if message else contextlib.nullcontext():
-            loaded = Tokenizer.load(tmp_path / name if "." in name else name)
-            assert loaded.encode(WORDS[0], 40) == tokenizer.encode(WORDS[0], 40)
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    (tmp_path / "other.txt").write_text("a\nb\n[UNK]")
+    for file in tmp_path / "vocab.txt", tmp_path / "tokenizer.json":
+        assert Tokenizer.load(file).encode(WORDS[0], 40) == tokenizer.encode(WORDS[0], 40)
+    for name, message in (("no such name", "local vocab.txt"), ("none.txt", "local vocab.txt"),
+                          (tmp_path / "other.txt", r"lacks \[PAD\]")):
+        with pytest.raises(DataError, match=message):
+            Tokenizer.load(name)
 
 
 def test_masking_hides_a_sixth_of_the_words_and_never_a_special():  # Sec. 3.3: 15 %
@@ -1506,8 +1506,8 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(
         kills, in_write = kills + 1, in_write + partial.exists()
         if (out / "checkpoint.pt").exists():              # never unreadable
             step = torch.load(out / "checkpoint.pt", weights_only=True)["state"]["step"]
-    for run in out, tmp_path / "unkilled":
-        start(task, run, processes).wait()
+    for folder in out, tmp_path / "unkilled":
+        start(task, folder, processes).wait()
     assert "resuming" in printed.read_text()
     same_bits(out, tmp_path / "unkilled")
     print(f"{kills} kills, {in_write} of them during a checkpoint write")
@@ -1515,8 +1515,7 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(
 
 
 @pytest.mark.skipif(not FULL, reason="FULL=1 runs it: torchrun starts six processes")
-def test_torchrun_restarts_a_killed_worker_and_the_run_ends_with_the_same_bits(
-        clips, tmp_path):
+def test_torchrun_restarts_a_killed_worker_and_the_run_ends_with_the_same_bits(clips, tmp_path):
     flags = ["--data", f"{clips}/train.jsonl", *TINY_RUN, "--steps", "60", "--save_every", "1"]
     output, killed = tmp_path / "run.txt", tmp_path / "run"
     process = subprocess.Popen([
@@ -1783,8 +1782,7 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
 @pytest.mark.parametrize("flags, message", [
     ("--task pretrane", "invalid choice: 'pretrane'"),
     ("--task pretrain --widht 3", "unrecognized arguments: --widht"),
-    ("--temporal rolling", "invalid choice: 'rolling'"),
-    ("--data absent.jsonl", "absent.jsonl"),
+    ("--temporal rolling", "invalid choice: 'rolling'"), ("--data absent.jsonl", "absent.jsonl"),
     ("--objectives vtx", "--objectives vtx: those of --task pretrain are vtm, mlm"),
     ("--objectives wpa", "wpa needs vtm"),
     ("--data a --val b/x_test.clean.jsonl --val_every 5", "the validation"),
