@@ -3,25 +3,22 @@
 Order: model and rolling (Sec. 3.1, 3.2), objectives (3.3), release, weights, data, training, tasks.
 """
 
-from __future__ import annotations
-
 import ast
-import builtins
 import collections
 import contextlib
 import fcntl
-import functools
 import gzip
 import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -50,8 +47,7 @@ import data
 import eval
 import train
 from allinone import (VARIANTS, AllInOne, Config, Select, Temporal, channel_shift, load_release,
-                      load_vit, mlm_loss, token_rolling, vtc_loss, vtm_loss,
-                      word_patch_alignment_loss, word_patch_transport)
+                      load_vit, mlm_loss, token_rolling, vtc_loss, vtm_loss, word_patch_transport)
 from data import (Batches, Clips, DataError, Manifest, Tokenizer, Unreadable,
                   augment, collate, convert, decode, entries, mask_tokens, sample_frames,
                   shuffled, vtm_pairs)
@@ -299,18 +295,10 @@ def test_wrong_inputs_raise_the_message_a_person_needs(wrong, message):
 
 # ---- Training objectives (Sec. 3.3) -------------------------------------------------------------
 
-def test_objectives_by_hand():  # VTC and transport: the release's numbers, below
-    logits, labels = torch.tensor([[2.0, 0.0], [0.5, 1.5]]), torch.tensor([0, 1])
-    by_hand = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2
-    assert vtm_loss(logits, labels).item() == pytest.approx(by_hand)
-    logits = torch.randn(4, 50, requires_grad=True)                          # MLM: a sum
-    expected = -(logits.log_softmax(-1)[0, 3] + logits.log_softmax(-1)[2, 7])
-    assert torch.allclose(mlm_loss(logits, torch.tensor([3, -100, 7, -100])), expected)
+def test_a_batch_without_masked_words_has_no_loss_and_no_gradient():  # the rest: two plain passes
+    logits = torch.randn(4, 50, requires_grad=True)
     nothing = mlm_loss(logits, torch.full((4,), -100))
     assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].eq(0).all()
-    distance = torch.tensor([0.25, 0.75], requires_grad=True)                # pulls, pushes
-    loss = word_patch_alignment_loss(distance, torch.tensor([1, 0]))
-    assert loss == -0.25 and torch.autograd.grad(loss, distance)[0].tolist() == [0.5, -0.5]
 
 
 # ---- The release's own forward pass (float32, evaluation mode) ----------------------------------
@@ -377,31 +365,28 @@ def test_released_weights_give_the_releases_own_numbers(tmp_path):
         assert torch.allclose(value.flatten(), torch.tensor(theirs), atol=1e-4), name
 
 
-def load_released(weights: dict, path, **fields):
-    """(pooled output for one clip, report, model) of these released weights."""
-    torch.save({"state_dict": weights, "epoch": 3}, path)
-    model, report = load_release(path, heads=4, **fields)
-    size = model.config.image_size
-    with torch.no_grad():
-        return model.eval()(clip(size=size), words()).pooled.flatten().tolist(), report, model
-
-
 def test_released_checkpoints_load_in_every_form_they_come_in(tmp_path):
     weights, path = release_weights(), tmp_path / "all-in-one.ckpt"
-    plain, _, _ = load_released(weights, path)
+
+    def load(weights, **fields):
+        torch.save({"state_dict": weights, "epoch": 3}, path)
+        model, report = load_release(path, heads=4, **fields)
+        video = clip(size=model.config.image_size)
+        return model.eval()(video, words()).pooled.tolist(), report, model
+
+    plain, _, _ = load(weights)
     extra = {"rank_output.weight": torch.zeros(1, 48),
              "text_embeddings.position_ids": torch.arange(10)[None]}
     for form in [{f"module.{k}": v for k, v in weights.items()}, weights | extra,
                  {k.replace("itm_score", "vtm_score"): v for k, v in weights.items()}]:  # plus
-        values, report, _ = load_released(form, path)
+        values, report, _ = load(form)
         assert values == plain and report["ignored"] == [k for k in form if k in extra]
         assert not report["initialised"]
     times = weights.pop("transformer.temporal_embed")
-    values, _, model = load_released(
-        weights | {"transformer.temporal_embed": torch.zeros(1, 8, 48)}, path)
-    assert model.config.frames == 8 and load_released(weights, path)[0] == values != plain
+    values, _, model = load(weights | {"transformer.temporal_embed": torch.zeros(1, 8, 48)})
+    assert model.config.frames == 8 and load(weights)[0] == values != plain
     weights["transformer.temporal_embed"] = times
-    _, report, model = load_released(weights, path, max_text_len=80, frames=8, image_size=96)
+    _, report, model = load(weights, max_text_len=80, frames=8, image_size=96)
     assert sorted(report["resized"]) == [
         "pos_embed", "temporal_embed", "text_embeddings.position_embeddings.weight"]
     grid = weights["transformer.pos_embed"][:, 1:].mT.reshape(1, 48, 4, 4)   # as timm, Tab. 2a:
@@ -411,11 +396,10 @@ def test_released_checkpoints_load_in_every_form_they_come_in(tmp_path):
     assert torch.equal(model.temporal_embed, F.pad(times, (0, 0, 0, 5)))     # the rest is 0
     assert torch.equal(load_release(path, heads=4, frames=2)[0].temporal_embed, times[:, :2])
     few = {k: v for k, v in weights.items() if "_proj" not in k}                        # MLM + ITM
-    assert {name.split(".")[0] for name in load_released(few, path)[1]["initialised"]} == {
-        "text_proj", "video_proj"}
+    assert {name.split("_")[0] for name in load(few)[1]["initialised"]} == {"text", "video"}
     distilled = {"transformer.dist_token": torch.randn(1, 1, 48),            # All-in-one-S, which
                  "transformer.pos_embed": torch.randn(1, 18, 48)}            # has unused positions
-    _, report, model = load_released(weights | distilled, path)
+    _, report, model = load(weights | distilled)
     assert model.config.distilled and report["ignored"] == ["temporal_embed"]
 
 
@@ -427,7 +411,7 @@ def trap(function, *args):
 @pytest.mark.parametrize("zipped, protocol", [(True, 2), (True, 4), (False, 2)])  # torch before 1.6
 def test_nothing_that_a_checkpoint_pickles_is_executed(zipped, protocol, tmp_path):
     made = [str(tmp_path / name) for name in "abcd"]
-    traps = [trap(os.mkdir, made[0]), trap(builtins.open, made[1], "w"),
+    traps = [trap(os.mkdir, made[0]), trap(open, made[1], "w"),
              trap(torch.save, {}, made[2]), trap(exec, f"import os; os.mkdir('{made[3]}')")]
     # Config stands for Lightning's classes, which a checkpoint pickles and nobody has installed
     extras = {"traps": traps, "dict": collections.defaultdict(Config, a=TINY), "set": {TINY},
@@ -462,18 +446,17 @@ def test_attention_and_mlp_are_initialised_from_vit_or_deit(wrap, spatial, tmp_p
     assert all(torch.equal(model.state_dict()[k], weights[k]) for k in report["loaded"])
 
 
-def into_vit(path):
-    return load_vit(build(), path)
+INTO_VIT = partial(load_vit, build())
 
 
 @pytest.mark.parametrize("load, content, message", [
     (load_release, b"", "or damaged"), (load_release, b"not one at all", "not a file of weights"),
     (load_release, {"state_dict": {"fc.weight": torch.zeros(2)}}, "not a released All-in-one"),
     (load_release, [1, 2], "holds a list"), (load_release, None, "no such file"),
-    (into_vit, vit_weights({"blocks.0.gamma": torch.zeros(1)}), r"1 unknown .*\(blocks.0.gamma\)"),
-    (into_vit, vit_weights({"norm.bias": None}), r"1 missing \(norm.bias\)"),
-    (into_vit, vit_weights({"cls_token": torch.zeros(1, 1, 64)}), "another variant"),
-    (into_vit, vit_weights({}, distilled=True), r"1 unknown .*\(dist_token\).*--distilled")])
+    (INTO_VIT, vit_weights({"blocks.0.gamma": torch.zeros(1)}), r"1 unknown .*\(blocks.0.gamma\)"),
+    (INTO_VIT, vit_weights({"norm.bias": None}), r"1 missing \(norm.bias\)"),
+    (INTO_VIT, vit_weights({"cls_token": torch.zeros(1, 1, 64)}), "another variant"),
+    (INTO_VIT, vit_weights({}, distilled=True), r"1 unknown .*\(dist_token\).*--distilled")])
 def test_a_wrong_file_of_weights_gets_a_clear_error(load, content, message, tmp_path):
     path = tmp_path / "wrong.ckpt"
     if isinstance(content, bytes):
@@ -523,24 +506,15 @@ def every_frame(path, short_side=None):
     return torch.stack(frames)
 
 
-def all_of(n):
-    return list(range(n))
-
-
 FILMS = {  # kind: file name and arguments of film
     "H.264 with B-frames, GOP 30": "a.mp4 n=90 g=30 bf=3",
-    "H.264 without B-frames": "a.mp4 g=30 bf=0",
     "H.264, GOP 250": "a.mp4 n=300 x264_params=keyint=250:scenecut=0:bframes=3:b-adapt=0",
     "H.264 with a pyramid of B-frames": "a.mp4 x264_params=b-pyramid=normal:bframes=8:b-adapt=0",
     "H.264, open GOPs": "a.mp4 x264_params=open-gop=1:keyint=12:min-keyint=12:bframes=3",
-    "H.264 in Matroska": "a.mkv g=15",
     "H.264 in a transport stream, starting late": "a.ts g=15 offset=300",
     "H.264 in AVI": "a.avi g=15 bf=2",
     "H.264, interlaced": "a.mp4 g=20 x264_params=tff=1:bframes=2",
     "HEVC, open GOPs": "a.mp4 codec=libx265 x265_params=keyint=15:min-keyint=15:log-level=none",
-    "HEVC with temporal layers":
-        "a.mp4 codec=libx265 x265_params=keyint=15:temporal-layers=3:log-level=none",
-    "VP9": "a.webm codec=libvpx-vp9 g=20 deadline=realtime cpu_used=8",
     "VP9 with hidden frames": "a.webm codec=libvpx-vp9 g=30 auto_alt_ref=1 lag_in_frames=12 "
                               "deadline=good cpu_used=5",
     "VP8 with hidden frames": "a.webm codec=libvpx g=30 auto_alt_ref=1 lag_in_frames=12 "
@@ -549,13 +523,12 @@ FILMS = {  # kind: file name and arguments of film
     "MPEG-4 in AVI": "a.avi codec=mpeg4 g=12",
     "MPEG-4 with B-frames in AVI": "a.avi codec=mpeg4 g=12 bf=2",
     "MPEG-2": "a.mpg codec=mpeg2video g=12 bf=2",
-    "Motion JPEG": "a.avi codec=mjpeg pix_fmt=yuvj420p",
     "GIF": "a.gif codec=gif pix_fmt=rgb8 rate=10 n=20",
     "a variable frame rate": "a.mp4 g=20 vary=7",
     "a late first frame": "a.mp4 g=20 offset=45",
     "odd sizes": "a.mkv w=97 h=65 pix_fmt=yuv444p g=20",
     "10 bits": "a.mp4 codec=libx265 pix_fmt=yuv420p10le x265_params=keyint=20:log-level=none",
-    "two frames": "a.mp4 n=2", "one frame": "a.mp4 n=1"}
+    "one frame": "a.mp4 n=1"}
 # Only these have no usable times, so that they are decoded from their first frame.
 SERIAL = {"H.264 in a transport stream, starting late", "H.264 in AVI",
           "MPEG-4 with B-frames in AVI", "MPEG-2"}
@@ -573,8 +546,8 @@ def test_each_chosen_frame_equals_that_frame_of_a_full_decode(kind, tmp_path, mo
         frames = decode(path, lambda n: counts.append(n) or picked, 48)
         assert counts[-1] == len(truth) == int((re.findall(r"\bn=(\d+)", options) or [60])[0])
         assert torch.equal(frames, truth[picked])
-    assert torch.equal(decode(path, all_of), every_frame(path))
-    backwards = all_of(len(truth))[::-1] + [0, 0]
+    assert torch.equal(decode(path, range), every_frame(path))
+    backwards = [*range(len(truth))[::-1], 0, 0]
     assert torch.equal(decode(path, lambda n: backwards, 48), truth[backwards])
     assert bool(serial) == (kind in SERIAL)
 
@@ -605,13 +578,13 @@ def test_a_window_holds_the_frames_shown_from_start_to_end_seconds(film_of, tmp_
     for start, end, shown in [(0.5, 1.2, slice(15, 36)), (1.5, None, slice(45, 60)),
                               (None, 0.1, slice(0, 3)),                    # 0.5 s is in, 1.2 is out
                               (1.01, 1.02, slice(30, 31))]:                # on display then
-        window = decode(path, lambda n: counts.append(n) or all_of(n), None, start, end)
+        window = decode(path, lambda n: counts.append(n) or range(n), None, start, end)
         assert torch.equal(window, every_frame(path)[shown])
     assert counts[0] == 21
     with pytest.raises(Unreadable, match="start and end"):
-        decode(path, all_of, None, 7.0, 9.0)
+        decode(path, range, None, 7.0, 9.0)
     with pytest.raises(Unreadable, match="cannot be decoded|start and end"):
-        decode(path, all_of, None, math.inf)
+        decode(path, range, None, math.inf)
 
 
 def test_rotated_phone_video_comes_out_upright(tmp_path):
@@ -621,7 +594,7 @@ def test_rotated_phone_video_comes_out_upright(tmp_path):
     content[matrix:matrix + 20] = struct.pack(">5i", 0, 0x10000, 0, -0x10000, 0)
     path.write_bytes(content)
     assert decode(path, lambda n: [0, 5, 9], 32).shape == (3, 3, 48, 32)    # portrait
-    assert torch.equal(decode(path, all_of), clockwise)
+    assert torch.equal(decode(path, range), clockwise)
 
 
 def picture(path, size=(40, 20), grey=None):
@@ -639,14 +612,14 @@ def test_images_and_folders_of_images_are_clips(tmp_path):
     image = decode(tmp_path / "2.jpg", lambda n: sample_frames(n, 3, False), 10)
     assert image.shape == (3, 3, 10, 20) and abs(image.float().mean() - 40) < 2
     for window, shown in [((), [1, 2, 10]), ((0.75, None, 2), [10]), ((0, 0.5, 2), [1])]:
-        clip = decode(tmp_path, all_of, None, *window)
+        clip = decode(tmp_path, range, None, *window)
         assert clip.shape == (len(shown), 3, 20, 40)
         assert (clip.float().mean((1, 2, 3)) / 20).round().tolist() == shown
     with pytest.raises(Unreadable, match='give their rate as "fps"'):
-        decode(tmp_path, all_of, None, 0, 0.5)
+        decode(tmp_path, range, None, 0, 0.5)
     picture(tmp_path / "3.png", (31, 20))
-    assert decode(tmp_path / "3.png", all_of).shape == (1, 3, 20, 31)
-    assert decode(tmp_path, all_of).shape == (4, 3, 20, 40)                # as large as the first
+    assert decode(tmp_path / "3.png", range).shape == (1, 3, 20, 31)
+    assert decode(tmp_path, range).shape == (4, 3, 20, 40)                # as large as the first
 
 
 def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
@@ -657,14 +630,10 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
     avi = film(tmp_path / "whole.avi", "codec=mpeg4").read_bytes()
     mkv = film(tmp_path / "whole.mkv", "g=10 n=300").read_bytes()
     (tmp_path / "folder").mkdir()
-    with av.open(str(tmp_path / "sound.wav"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
-        frame.rate = 8000
-        container.mux(stream.encode(frame))
     for name, content, reason in [
-            ("missing.mp4", None, "no such file"), ("sound.wav", None, "no video stream"),
-            ("folder", None, "no frame"), ("words.txt", b"once upon " * 50, "no video stream"),
+            ("missing.mp4", None, "no such file"), ("folder", None, "no frame"),
+            ("words.txt", b"once upon " * 50, "no video stream"),
+            ("sound.au", b".snd" + struct.pack(">5I", 24, 80, 3, 8000, 1) + bytes(80), "no video"),
             ("empty.mp4", b"", "cannot be decoded"),
             ("noise.mp4", bytes(range(256)) * 20, "cannot be decoded"),
             ("zeroed.mp4", whole[:-2000] + bytes(100) + whole[-1900:], "cannot be decoded"),
@@ -675,7 +644,7 @@ def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(Unreadable, match=f"{name}: .*{reason}"):
-            decode(tmp_path / name, all_of, 32)
+            decode(tmp_path / name, range, 32)
 
 
 @pytest.mark.parametrize("name, options, whole, damaged", [
@@ -697,14 +666,11 @@ def test_damage_spoils_what_is_predicted_from_it(name, options, whole, damaged, 
 
 @on_linux
 def test_fuzzed_clips_never_crash_hang_or_leak(tmp_path):
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
     films = ["a.mp4", "b.mkv", "c.webm codec=libvpx deadline=realtime", "d.avi codec=mpeg4 bf=2"]
     films += [f"{i}{FILMS[kind]}"
-              for i, kind in enumerate(["VP9", "AV1", "HEVC, open GOPs", "GIF"])]
+              for i, kind in enumerate(["VP9 with hidden frames", "AV1", "HEVC, open GOPs", "GIF"])]
     whole = [film(tmp_path / text.split()[0], text.partition(" ")[2]) for text in films]
-    outcomes, slowest, turns = collections.Counter(), 0.0, 1000 if FULL else 80
+    outcomes, slowest, pages, turns = collections.Counter(), 0.0, [], 1000 if FULL else 80
     for turn in range(turns):
         random, original = np.random.default_rng(turn), whole[turn % len(whole)]
         content = bytearray(original.read_bytes())
@@ -723,9 +689,8 @@ def test_fuzzed_clips_never_crash_hang_or_leak(tmp_path):
             outcomes["unreadable"] += 1
         signal.alarm(0)
         slowest = max(slowest, time.process_time() - began)
-        if turn == turns // 4:                                    # every decoder has been at work
-            before = resident()
-    grown = (resident() - before) / 2 ** 20
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))   # resident
+    grown = (pages[-1] - pages[turns // 4]) * resource.getpagesize() / 2 ** 20   # all have worked
     print(f"{turns} corruptions: {dict(outcomes)}, slowest {slowest:.2f} CPU-s, {grown:.1f} MiB")
     assert min(outcomes["read"], outcomes["unreadable"]) > turns / 5
     assert slowest < 10 and grown < 30
@@ -744,30 +709,15 @@ def test_sampled_frames_cover_every_frame_of_every_segment():             # Sec.
     assert sample_frames(2, 3, True) == [0, 0, 1] and sample_frames(1, 3, False) == [0, 0, 0]
 
 
-def test_a_manifest_is_indexed_once_and_again_when_it_changes(tmp_path):
-    path, index = tmp_path / "m.jsonl", tmp_path / "m.jsonl.idx"
-    path.write_text("".join(
-        json.dumps({"video": f"{i}.mp4", "text": "é" * i}) + "\n" for i in range(50)))
-    first, built = Manifest(path), index.stat().st_mtime_ns
-    assert len(first) == 50 and first[7] == {
-        "video": str(tmp_path / "7.mp4"), "where": f"{path}:8", "text": "é" * 7}
-    assert len(Manifest(path)) == 50 and index.stat().st_mtime_ns == built
-    with open(path, "a") as file:
-        file.write('{"video": "last.mp4"}\n\n \n')                       # blank lines at the end
-    both = Manifest([path, path])
-    assert len(both) == 102 and both[50]["video"].endswith("last.mp4")
-    assert both[101]["where"] == f"{path}:51" and both[51]["where"] == f"{path}:1"
-    assert pickle.loads(pickle.dumps(both))[101] == both[101]
-
-
-def test_five_million_lines_cost_neither_time_nor_memory(tmp_path):
+def test_five_million_lines_are_indexed_once_and_cost_neither_time_nor_memory(tmp_path):
     lines, path = 5_000_000 if FULL else 200_000, tmp_path / "m.jsonl"
-    with open(path, "w") as file:
-        file.writelines(f'{{"video": "clips/{i:08}.mp4", "text": "caption {i} of a clip, which is '
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(f'{{"video": "{i:08}.mp4", "text": "caption {i} of a café’s clip, which is '
                         f'about as long as those that people write"}}\n' for i in range(lines))
     began = time.process_time()
     Manifest(path)
     rate = path.stat().st_size / 1e6 / (time.process_time() - began)
+    built = os.stat(f"{path}.idx").st_mtime_ns
     tracemalloc.start()
     began = time.perf_counter()
     manifest = Manifest(path)
@@ -781,6 +731,13 @@ def test_five_million_lines_cost_neither_time_nor_memory(tmp_path):
           f"opened in {opening:.4f} s, at most {peak / 1e3:.0f} kB in memory")
     assert len(manifest) == lines and rate > 100 and opening < 1 and peak < 500e3
     assert len(pickle.dumps(manifest)) < 2000                             # what a worker is sent
+    assert os.stat(f"{path}.idx").st_mtime_ns == built
+    with open(path, "a") as file:
+        file.write('{"video": "last.mp4"}\n\n \n')                       # blank lines at the end
+    both = Manifest([path, path])                                         # indexed again
+    assert len(both) == 2 * lines + 2 and both[lines + 1]["where"] == f"{path}:1"
+    assert both[2 * lines + 1] == {"video": str(tmp_path / "last.mp4"),
+                                   "where": f"{path}:{lines + 1}"}
 
 
 def test_a_bad_line_is_named_by_file_and_line(tmp_path):
@@ -801,9 +758,6 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path):
         with pytest.raises(DataError, match=f"{name}:{line}: .*{complaint}") as caught:
             Manifest(tmp_path / name)[line - 1]
         assert "\n" not in str(caught.value)
-    (tmp_path / "d.csv").write_text("video,texts,start\na.mp4,\"['x', 'y  z']\",.5")
-    sample = Manifest(tmp_path / "d.csv")[0]
-    assert (sample["texts"], sample["start"]) == (["x", "y z"], 0.5)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     for name, complaint in [("empty.jsonl", "no samples"), ("none.jsonl", "no such manifest")]:
         with pytest.raises(DataError, match=complaint):
@@ -840,11 +794,10 @@ def test_any_number_of_processes_sees_the_same_batches_and_resuming_skips_nothin
 WORDS = ["a dog runs to the left", "two cats play with a ball", "a man cooks rice"]
 
 
-def test_tokens_travel_as_json_and_too_long_questions_lose_their_own_last_words():
+def test_texts_become_the_same_tokens_anywhere_and_too_long_questions_lose_their_own_last_words():
     tokenizer = Tokenizer.train(WORDS, 200)
     assert tokenizer.to_json() == Tokenizer.train(WORDS, 200).to_json()
-    again = Tokenizer.load("again", tokenizer.to_json())
-    assert again.encode("Á DOG, runs", 9) == tokenizer.encode("a dog, runs", 9)
+    assert tokenizer.encode("Á DOG, runs", 9) == tokenizer.encode("a dog, runs", 9)
     for text, most, first, expected in [
             ("a dog", 40, None, "[CLS] a dog [SEP]"), ("", 4, None, "[CLS] [SEP]"),
             ("a dog runs", 4, None, "[CLS] a dog [SEP]"),
@@ -858,16 +811,15 @@ def test_tokens_travel_as_json_and_too_long_questions_lose_their_own_last_words(
 def test_a_local_vocabulary_is_read_and_an_unknown_name_asks_for_one(tmp_path):
     tokenizer = Tokenizer.train(WORDS, 200)
     vocabulary = tokenizer.words.get_vocab()
-    for name, content, message in [
-            ("vocab.txt", "\n".join(sorted(vocabulary, key=vocabulary.get)), None),
-            ("tokenizer.json", tokenizer.to_json(), None),
-            ("none.txt", None, "local vocab.txt"), ("no such name", None, "local vocab.txt"),
-            ("other.txt", "a\nb\n[UNK]", r"lacks \[PAD\]")]:
-        if content:
-            (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=message) if message else contextlib.nullcontext():
-            loaded = Tokenizer.load(tmp_path / name if "." in name else name)
-            assert loaded.encode(WORDS[0], 40) == tokenizer.encode(WORDS[0], 40)
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    (tmp_path / "other.txt").write_text("a\nb\n[UNK]")
+    for file in tmp_path / "vocab.txt", tmp_path / "tokenizer.json":
+        assert Tokenizer.load(file).encode(WORDS[0], 40) == tokenizer.encode(WORDS[0], 40)
+    for name, message in (("no such name", "local vocab.txt"), ("none.txt", "local vocab.txt"),
+                          (tmp_path / "other.txt", r"lacks \[PAD\]")):
+        with pytest.raises(DataError, match=message):
+            Tokenizer.load(name)
 
 
 def test_masking_hides_a_sixth_of_the_words_and_never_a_special():  # Sec. 3.3: 15 %
@@ -910,21 +862,17 @@ def test_a_mismatched_text_never_meets_a_clip_of_the_same_caption():       # Sec
 
 
 def clips_of(folder, lines, task="pretrain", **options):
-    """A Clips over `lines` (dicts), written to folder/m.jsonl beside one film, a.mp4."""
+    """A Clips over `lines` (dicts or captions), written to folder/m.jsonl beside a film, a.mp4."""
     if not (folder / "a.mp4").exists():
         film(folder / "a.mp4", "n=12 w=48 h=40")
-    lines = [{"video": "a.mp4", **line} for line in lines]
-    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"text": line} if isinstance(line, str) else line for line in lines]
+    (folder / "m.jsonl").write_text(jsonl(*({"video": "a.mp4"} | line for line in lines)))
     options = {"frames": 3, "image_size": 32, "max_text_len": 40, "train": True, **options}
     return Clips(Manifest(folder / "m.jsonl"), Tokenizer.train(WORDS, 200), task, **options)
 
 
-def captioned(*said):
-    return [{"text": text} for text in said]
-
-
 def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
-    clips = clips_of(tmp_path, captioned(*WORDS) * 8)
+    clips = clips_of(tmp_path, WORDS * 8)
     merge = partial(collate, clips=clips, group=4)
 
     def batches(workers=0, rank=0, world=1):
@@ -933,7 +881,8 @@ def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
     alone, halves = batches(), [batches(rank=rank, world=2) for rank in range(2)]
     for one, other in zip(alone, batches(workers=2), strict=True):
         assert one.keys() == other.keys()
-        assert all(equal(one[key], other[key]) for key in one)
+        for key, value in one.items():
+            assert value == other[key] if isinstance(value, list) else value.equal(other[key]), key
     for name, offset in (("vtm_source", 8), ("vtm_labels", 0)):      # as on two processes
         both = torch.cat([halves[0][0][name], halves[1][0][name] + offset])
         assert torch.equal(alone[0][name], both)
@@ -943,7 +892,7 @@ def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
 
 
 def test_a_pretraining_batch_is_padded_to_stable_shapes(tmp_path):
-    clips = clips_of(tmp_path, captioned(*WORDS))
+    clips = clips_of(tmp_path, WORDS)
     batch = collate([clips[i, i] for i in range(3)], clips)
     assert batch["video"].shape == (3, 3, 3, 32, 32) and batch["video"].dtype == torch.uint8
     assert batch["text_ids"].shape == batch["mlm_ids"].shape == (3, 8)
@@ -980,27 +929,27 @@ def test_each_task_gets_the_words_it_needs(tmp_path):
     batch = collate([qa[2, 0], qa[5, 1]], qa)
     assert batch["label"].tolist() == [1, -1] and batch["video"].shape == (2, 3, 3, 3, 32, 32)
     assert not torch.equal(batch["video"][0, 0], batch["video"][0, 2])     # views differ in time
-    for line, message in [
-            ({"options": WORDS, "answer": 3}, '"answer" is 3; expected an index into the 3'),
-            ({"texts": WORDS}, 'lacks "options"; its keys are video, texts')]:
+    for task, line, message in [
+            ("choice", {"options": WORDS, "answer": 3}, '"answer" is 3; expected an index into'),
+            ("choice", {"texts": WORDS}, 'lacks "options"; its keys are video, texts'),
+            ("pretrain", {"caption": "a cat"}, 'lacks "text"; rename "caption" to "text"; its')]:
         with pytest.raises(DataError, match=f"m.jsonl:1: {message}"):
-            clips_of(tmp_path, [line], "choice")[0, 0]
+            clips_of(tmp_path, [line], task)[0, 0]
 
 
 def test_retrieval_reads_all_captions_in_evaluation_and_in_training_one_among_false_ones(tmp_path):
-    lines = [{"texts": WORDS}, {"text": WORDS[0]}]
+    lines = [{"texts": WORDS}, "rice", "a ball", WORDS[0]]
     clips = clips_of(tmp_path, lines, "retrieval", train=False)
     batch = collate([clips[0, 0], clips[1, 1]], clips)
     assert batch["text_clip"].tolist() == [0, 0, 0, 1] and len(batch["text_ids"]) == 4
-    clips.train = True
-    assert len({tuple(clips[0, draw]["ids"][0]) for draw in range(30)}) == 3
-    (tmp_path / "other.jsonl").write_text((tmp_path / "m.jsonl").read_text())
-    clips = clips_of(tmp_path, captioned("rice", "rice with", "a ball"), "retrieval", false_texts=4)
+    clips.train, clips.false_texts = True, 9                              # Sec. 4.2.2
+    (tmp_path / "other.jsonl").write_text(jsonl({"video": "a.mp4", "text": "of another set"}))
     clips.manifest = Manifest([tmp_path / "other.jsonl", tmp_path / "m.jsonl"])
-    ours = [clips.encode(text) for text in ("rice", "rice with", "a ball")]
-    drawn = [clips[2, draw]["ids"] for draw in range(20)]       # the first line of the second set
-    assert all(ids[0] == ours[0] and ours[0] not in ids[1:] for ids in drawn)
-    assert {tuple(ids) for item in drawn for ids in item[1:]} == set(map(tuple, ours[1:]))
+    drawn = [clips[1, draw]["ids"] for draw in range(30)]      # the first line of the second set
+    for texts, expected in (([ids[0] for ids in drawn], WORDS),
+                            (sum([ids[1:] for ids in drawn], []), ["rice", "a ball"])):
+        assert {tuple(ids) for ids in texts} == {tuple(clips.encode(text)) for text in expected}
+    assert max(map(len, drawn)) > 5                            # as many as asked but for its own
 
 
 def test_a_video_of_many_captions_gives_one_window_a_visit(tmp_path):      # HowTo100M
@@ -1010,28 +959,6 @@ def test_a_video_of_many_captions_gives_one_window_a_visit(tmp_path):      # How
     assert {clips[0, draw]["caption"] for draw in range(20)} == {"a dog", "a man"}
     sample = clips.manifest[0]
     assert clips.captions(sample) and sample["end"] - max(sample["start"], 0) <= data.MIN_WINDOW
-
-
-def test_training_skips_and_reports_what_evaluation_never_replaces(tmp_path):
-    lines = [{"video": f"{name}.mp4", "text": WORDS[0]} for name in ("gone", "cut", "a")]
-    (tmp_path / "cut.mp4").write_bytes(b"nothing like a film")
-    clips = clips_of(tmp_path, lines)
-
-    def load(*keys, train):
-        clips.train = train
-        (batch,) = data.load(clips, [keys], partial(collate, clips=clips), 0)
-        return batch["index"].tolist(), batch["errors"], "video" in batch
-
-    indices, errors, _ = load((0, 5), (2, 6), train=True)
-    assert indices == [2, 2] and len(errors) == 2
-    assert "m.jsonl:1" in errors[0] and "gone.mp4: no such file" in errors[0]
-    indices, errors, _ = load((0, 0), (1, 1), (2, 2), train=False)
-    assert indices == [2] and len(errors) == 2
-    indices, _, has_video = load((0, 0), (1, 1), train=False)
-    assert indices == [] and not has_video
-    (tmp_path / "a.mp4").unlink()                                # disappears during training
-    with pytest.raises(DataError, match="in a row"):
-        load((0, 0), train=True)
 
 
 def test_crops_are_alike_in_all_frames_and_left_is_never_flipped(tmp_path):
@@ -1044,7 +971,7 @@ def test_crops_are_alike_in_all_frames_and_left_is_never_flipped(tmp_path):
     assert torch.equal(cropped[0], cropped[2])
     assert torch.equal(augment(video, 32, False), video[..., 4:36, 8:40])
     assert augment(video, 32, True, rand_augment=True, flip=True).shape == (3, 3, 32, 32)
-    flipped = clips_of(tmp_path, [*captioned("bright", "a dog runs to the left"),
+    flipped = clips_of(tmp_path, ["bright", "a dog runs to the left",
                                   {"text": "a", "options": ["b", "the Right one"]},
                                   {"text": "a", "question": "left?"}], flip=True)
     straight = replace(flipped, flip=False)
@@ -1088,7 +1015,8 @@ class Deadly(Clips):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_reader_that_dies_or_hangs_costs_only_its_clip(workers, tmp_path):
+def test_a_reader_that_dies_or_hangs_costs_only_its_clip_which_evaluation_never_replaces(
+        workers, tmp_path):
     plain = clips_of(tmp_path, texts(WORDS[0]) * 9)
     clips = Deadly(plain.manifest, plain.tokenizer, "pretrain", 3, 32, 40, train=True)
     keys = [[(i, 10 * t + i) for i in range(begin, begin + 3)]
@@ -1105,6 +1033,8 @@ def test_a_reader_that_dies_or_hangs_costs_only_its_clip(workers, tmp_path):
     clips.train = False
     (batch,) = data.load(clips, keys[:1], partial(collate, clips=clips), workers, timeout=1)
     assert batch["index"].tolist() == [0, 1] and "took its reader down" in batch["errors"][0]
+    (batch,) = data.load(clips, [[(2, 2)]], partial(collate, clips=clips), workers, timeout=1)
+    assert batch["index"].tolist() == [] and "video" not in batch
 
 
 @on_linux
@@ -1351,8 +1281,8 @@ def test_own_tables_and_folders_are_manifests(tmp_path):
     for name, content, columns, expected in [
             ("a.csv", 'path,caption\nsub/a.mp4,"a ""red"" dog,\nruns"\n', (),
              {"text": 'a "red" dog, runs'}),
-            ("b.tsv", "file\tTitle\tstart\nsub/a.mp4\ta, cat\t1.5\n", (),
-             {"text": "a, cat", "start": 1.5}),
+            ("b.tsv", "file\tTitle\tstart\tTexts\nsub/a.mp4\ta, cat\t.5\t['x', 'y  z']\n", (),
+             {"text": "a, cat", "start": 0.5, "texts": ["x", "y z"]}),
             ("c.csv", "name,en,text\nsub/a.mp4,a cow,eine Kuh\n", ["video=name", "text=en"],
              {"text": "a cow"}),
             ("sub/a.txt", "a cat\n sleeps", (), {"text": "a cat sleeps"}),
@@ -1367,11 +1297,6 @@ def test_own_tables_and_folders_are_manifests(tmp_path):
     (tmp_path / "sub" / "a.json").write_text("[1]")
     with pytest.raises(DataError, match="a.json: cannot be read"):
         Manifest(tmp_path / "sub")
-    with pytest.raises(DataError, match="c.csv:2: lacks \"video\"; its keys are"):
-        Manifest(tmp_path / "c.csv")
-    clips = clips_of(tmp_path, [{"video": "a.mp4", "caption": "a cat"}])
-    with pytest.raises(DataError, match='m.jsonl:1: .*; rename "caption" to "text"; its keys'):
-        clips[0, 0]
 
 
 # ---- Training (Sec. 4.1.2) ----------------------------------------------------------------------
@@ -1394,6 +1319,7 @@ def clips(tmp_path_factory) -> Path:
             lines["qa"].append({"video": video, "question": "what shape is it?",
                                 "answer": texts[0].split()[i % 2]})
     lines["no_answer"].append({"video": video, "options": texts})
+    lines["gone"].append({"video": "gone.mp4", "text": "a"})
     for name, samples in lines.items():
         (folder / f"{name}.jsonl").write_text(jsonl(*samples))
     return folder
@@ -1429,85 +1355,75 @@ def fine_tune(task, manifest, out, whole_run, *flags, code=0) -> str:
                "--out", out, *TUNING, *flags, code=code)
 
 
-def evaluate(task, manifest, checkpoint, *flags, code=0) -> str:
-    return run(eval, "--task", task, "--data", manifest, "--checkpoint", checkpoint,
-               "--workers", "0", *flags, code=code)
+def evaluate(task, files, checkpoint, *flags, code=0) -> str:
+    """What eval.py says of a manifest or, of --task fill to search, of clips."""
+    kind = "--video" if task in (*eval.USES, "search") else "--data"
+    return run(eval, "--task", task, kind, *files, "--checkpoint", checkpoint, "--workers", 0,
+               *flags, code=code)
+
+
+def predicted(task, files, checkpoint, saved, *flags) -> list[dict]:
+    """Its --json, written to `saved`."""
+    evaluate(task, files, checkpoint, "--json", saved, *flags)
+    return lines_of(saved)
 
 
 FORKS = multiprocessing.get_context("forkserver")      # a process that has torch loaded, and forks
 FORKS.set_forkserver_preload([__name__])
 
 
-def command(name, arguments, environment, output):
-    """main() as the last lines of train.py run it; it writes to the file `output`."""
+def command(arguments, environment, output):
+    """`python arguments`; it writes to the file `output`."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
-    if "RANK" in environment:
-        torch.set_num_threads(1)                           # as torchrun has it
-    try:
-        {"train": train, "eval": eval}[name].main(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    sys.argv = arguments
+    runpy.run_path(str(HERE / arguments[0]), run_name="__main__")
 
 
 class Started:
-    """A command line of train.py or eval.py in processes of its own, which are its ranks."""
+    """A command line in processes of its own, which are its ranks."""
 
-    def __init__(self, output, *arguments, processes=1, script=train):
+    def __init__(self, output, *arguments, processes=1):
         self.output, arguments = Path(output), list(map(str, arguments))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-        self.ranks = [FORKS.Process(target=command, args=(
-            script.__name__, arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
+        self.ranks = [FORKS.Process(target=command, daemon=True, args=(
+            arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
             f"{self.output}{rank or ''}")) for rank in range(processes)]
         for rank in self.ranks:
             rank.start()
 
-    def running(self) -> bool:
+    def running(self, rest=0.0) -> bool:
+        """Whether all ranks are, after a rest of some seconds."""
+        time.sleep(rest)
         return all(rank.is_alive() for rank in self.ranks)
 
-    def wait_for_step(self, out, step):
-        """Until the log of a run tells of this step, or the run has ended."""
-        log = out / "log.jsonl"
-        while self.running() and not (log.exists() and f'"step": {step},' in log.read_text()):
-            time.sleep(0.005)
-
-    def wait(self, seconds=300) -> tuple[int, str]:
-        """(exit code, output); a rank that outlives another is killed, as torchrun does."""
-        until = time.monotonic() + seconds
-        while any(rank.is_alive() for rank in self.ranks) and time.monotonic() < until:
-            time.sleep(0.02)
+    def wait(self, *codes) -> int:
+        """The exit code, one of those expected: by default 0. A rank that outlives another is
+        killed, as torchrun does."""
+        while alive := [rank.sentinel for rank in self.ranks if rank.is_alive()]:
+            assert multiprocessing.connection.wait(alive, 300), f"still running: {self.output}"
             if any(rank.exitcode for rank in self.ranks):
                 for rank in self.ranks:
                     rank.kill()
-        assert not any(rank.is_alive() for rank in self.ranks), f"still running: {self.output}"
-        return max(abs(rank.exitcode) for rank in self.ranks), self.output.read_text()
+        code = max(abs(rank.exitcode) for rank in self.ranks)
+        assert code in (codes or [0]), self.output.read_text()
+        return code
 
 
-def log_of(out, first=0) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_bytes().splitlines()[first:]]
+def lines_of(path, first=0) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()[first:]]
 
 
 def finished(out) -> tuple[dict, list]:
     """(checkpoint, losses of each step) of a run folder."""
     losses = [[line["step"], *(v for k, v in line.items() if k in (*train.OBJECTIVES, "grad_norm"))]
-              for line in log_of(out) if "lr" in line]
+              for line in lines_of(out / "log.jsonl") if "lr" in line]
     return torch.load(out / "checkpoint.pt", weights_only=True), losses
-
-
-def equal(a, b) -> bool:
-    """Whether two nests of dicts, lists and tensors are the same to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def same_bits(one, other):
@@ -1518,7 +1434,7 @@ def same_bits(one, other):
         saved["best"], expected["best"] = (torch.load(out / "best.pt")["model"] for out in
                                            (one, other))
     for key in ("model", "optimizer", "scaler", "state", "best"):
-        assert equal(saved.get(key), expected.get(key)), key
+        torch.testing.assert_close(saved.get(key), expected.get(key), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="session")
@@ -1556,23 +1472,11 @@ RUNS = {  # what is killed: its flags
                   *TUNING]}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def start(clips, whole_run):
-    def of(task, out, begin=Started, **options):
+    def of(task, out, processes):
         flags = [str(flag).format(clips=clips, whole=whole_run) for flag in RUNS[task] + LONG]
-        return begin(f"{out}.txt", *flags, "--out", str(out), **options)
-    return of
-
-
-@pytest.fixture(scope="session")
-def unkilled(start, tmp_path_factory):
-    """Folders of RUNS that nothing interrupts, by task and number of processes."""
-    @functools.cache
-    def of(task, processes):
-        out = tmp_path_factory.mktemp("unkilled") / "run"
-        code, printed = start(task, out, processes=processes).wait()
-        assert code == 0, printed
-        return out
+        return Started(f"{out}.txt", "train.py", *flags, "--out", out, processes=processes)
     return of
 
 
@@ -1580,55 +1484,56 @@ def unkilled(start, tmp_path_factory):
     ("pretraining", 1, signal.SIGKILL), ("mixture", 2, signal.SIGKILL),
     ("retrieval", 1, signal.SIGKILL), ("pretraining", 2, signal.SIGTERM)])
 def test_a_run_killed_at_random_times_ends_with_the_same_bits(
-        task, processes, kill, start, unkilled, tmp_path):
+        task, processes, kill, start, tmp_path):
     """Every other kill falls into a checkpoint write; one rank is hit, the others then stop."""
     draw, out, kills, in_write, step = random.Random(processes), tmp_path / "run", 0, 0, 0
+    log, partial, printed = out / "log.jsonl", out / "checkpoint.partial", tmp_path / "run.txt"
     while kills < (20 if FULL else 2):
-        process = start(task, out, processes=processes)
-        process.wait_for_step(out, step + 2)              # a checkpoint or more was written
-        if kills % 2:
-            while process.running() and not (out / "checkpoint.partial").exists():
-                pass
-        else:
-            time.sleep(draw.random() * 0.1)
-        if process.running():
+        process = start(task, out, processes)             # until a checkpoint or more was written
+        while process.running(0.005) and not (
+                log.exists() and f'"step": {step + 2},' in log.read_text()):
+            pass
+        while kills % 2 and process.running() and not partial.exists():
+            pass
+        if process.running((1 - kills % 2) * draw.random() * 0.1):
             os.kill(draw.choice(process.ranks).pid, kill)
-        code, printed = process.wait()
-        if code == 0 and "stopped after step" not in printed:         # it got to the end: anew
+        code = process.wait(0, kill)
+        if code == 0 and "stopped after step" not in printed.read_text():   # at its end: anew
             shutil.rmtree(out)
             step = 0
             continue
-        assert (code == 0) == (kill == signal.SIGTERM), printed
-        kills, in_write = kills + 1, in_write + (out / "checkpoint.partial").exists()
+        assert (code == 0) == (kill == signal.SIGTERM)
+        kills, in_write = kills + 1, in_write + partial.exists()
         if (out / "checkpoint.pt").exists():              # never unreadable
             step = torch.load(out / "checkpoint.pt", weights_only=True)["state"]["step"]
-    code, printed = start(task, out, processes=processes).wait()
-    assert code == 0 and "resuming" in printed, printed
-    same_bits(out, unkilled(task, processes))
+    for folder in out, tmp_path / "unkilled":
+        start(task, folder, processes).wait()
+    assert "resuming" in printed.read_text()
+    same_bits(out, tmp_path / "unkilled")
     print(f"{kills} kills, {in_write} of them during a checkpoint write")
     assert in_write or not FULL or kill == signal.SIGTERM           # which lets it finish
 
 
 @pytest.mark.skipif(not FULL, reason="FULL=1 runs it: torchrun starts six processes")
-def test_torchrun_restarts_a_killed_worker_and_the_run_ends_with_the_same_bits(
-        start, unkilled, tmp_path):
-    def torchrun(output, *flags):
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--max-restarts=2", "train.py", *flags], cwd=HERE, stdout=open(output, "w"))
-
-    process = start("pretraining", tmp_path / "run", torchrun)
+def test_torchrun_restarts_a_killed_worker_and_the_run_ends_with_the_same_bits(clips, tmp_path):
+    flags = ["--data", f"{clips}/train.jsonl", *TINY_RUN, "--steps", "60", "--save_every", "1"]
+    output, killed = tmp_path / "run.txt", tmp_path / "run"
+    process = subprocess.Popen([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "--max-restarts=2", "train.py", *flags, "--out", killed], cwd=HERE, stdout=output.open("w"))
     for step in (4, 12):
-        while not re.search(f"^step {step}/", (tmp_path / "run.txt").read_text(), re.M):
+        while not re.search(f"^step {step}/", output.read_text(), re.M):
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait() == 0 and (tmp_path / "run.txt").read_text().count("resuming") == 2
-    same_bits(tmp_path / "run", unkilled("pretraining", 2))
+    assert process.wait() == 0 and output.read_text().count("resuming") == 2
+    Started(output, "train.py", *flags, "--out", tmp_path / "unkilled", processes=2).wait()
+    same_bits(killed, tmp_path / "unkilled")
 
 
-def test_a_run_on_clips_and_images_logs_each_manifests_numbers(unkilled):
-    sets = [line["sets"] for line in log_of(unkilled("mixture", 2)) if "sets" in line]
+def test_a_run_on_clips_and_images_logs_each_manifests_numbers(start, tmp_path):
+    start("mixture", tmp_path / "run", 2).wait()
+    sets = [line["sets"] for line in lines_of(tmp_path / "run" / "log.jsonl") if "sets" in line]
     counts = [[numbers["clips"] for numbers in line.values()] for line in sets]
     assert len(sets) == LONG[1] and min(counts[-1]) > 0
     assert [sum(line) for line in counts] == [8 * (step + 1) for step in range(len(sets))]
@@ -1670,8 +1575,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     same_bits(out, whole_run)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):   # the damaged one was not kept as it
         torch.load(out / name, weights_only=True)
-    (out / "log.jsonl").write_bytes(b"\xff[1]\n")         # a damaged log stops no resume
-    assert "at step 12" in pretrain(clips, out, "--steps", 13) and log_of(out, 1)[-1]["step"] == 13
+    log = out / "log.jsonl"
+    log.write_bytes(b"\xff[1]\n")                         # a damaged log stops no resume
+    assert "at step 12" in pretrain(clips, out, "--steps", 13)
+    assert lines_of(log, first=1)[-1]["step"] == 13
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (out / name).write_bytes(b"damaged")
     assert "no checkpoint of train.py in" in pretrain(clips, out, code=1)
@@ -1704,29 +1611,18 @@ def test_a_run_folder_of_another_run_is_refused_and_can_be_set_aside(clips, whol
     assert len(list(out.glob("checkpoint.pt.*.aside"))) == 2
 
 
-@pytest.fixture(scope="session")
-def layouts(clips, tmp_path_factory):
-    """Finished runs of 32 clips a step without dropout, by processes, clips a pass, objectives."""
-    @functools.cache
-    def of(processes, size, objectives):
-        out = tmp_path_factory.mktemp("layout") / "run"
-        code, printed = Started(
-            f"{out}.txt", "--data", clips / "train.jsonl", "--out", out, *TINY_RUN, "--lr", 1e-4,
-            "--dropout", 0, "--drop_path", 0, "--steps", 50 if FULL else 4, "--batch", 32,
-            "--batch_per_gpu", size, "--objectives", *objectives.split(), "--save_every", 50,
-            processes=processes).wait()
-        assert code == 0, printed
-        return finished(out)
-    return of
-
-
 @pytest.mark.parametrize("processes, size, objectives", [
     (1, 8, "vtm mlm"), (2, 16, "vtm mlm vtc")] + [(4, 8, "vtm mlm vtc"), (2, 8, "vtm mlm")] * FULL)
 def test_any_number_of_processes_and_passes_gives_the_same_losses_and_weights(
-        processes, size, objectives, layouts):
+        processes, size, objectives, clips, tmp_path):
     """VTM's pairs and MLM's divisor belong to the whole batch, VTC's negatives to all processes."""
-    (first, losses), (second, others) = (layouts(1, 32, objectives),
-                                         layouts(processes, size, objectives))
+    flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--lr", 1e-4, "--dropout", 0,
+             "--drop_path", 0, "--steps", 50 if FULL else 4, "--batch", 32,
+             "--objectives", *objectives.split()]
+    for ranks, most in (1, 32), (processes, size):
+        Started(tmp_path / "said", "train.py", *flags, "--batch_per_gpu", most,
+                "--out", tmp_path / f"{most}", processes=ranks).wait()
+    (first, losses), (second, others) = finished(tmp_path / "32"), finished(tmp_path / f"{size}")
     assert np.allclose(losses, others, rtol=2e-6, atol=0), np.abs(np.array(losses) / others).max(0)
     for name, tensor in first["model"].items():
         other = second["model"][name]
@@ -1743,24 +1639,19 @@ def training_batch(config, B=4, m=8):
     where = (torch.rand(B, m).topk(2).indices + m * torch.arange(B)[:, None]).flatten()
     return {"video": torch.randint(256, (B, config.frames, 3, size, size), dtype=torch.uint8),
             "text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool), "mlm_ids": ids,
-            "mlm_where": where, "mlm_labels": ids.flatten()[where], "where": ["x"] * B,
-            "label": torch.zeros(B), "set": torch.zeros(B), "vtm_source": torch.arange(B).roll(1),
-            "vtm_labels": torch.zeros(B, dtype=torch.int64)}
+            "mlm_where": F.pad(where, (0, 2)),
+            "mlm_labels": F.pad(ids.flatten()[where], (0, 2), value=-100),
+            "where": ["x"] * B, "label": torch.zeros(B), "set": torch.zeros(B),
+            "vtm_source": torch.arange(B).roll(1), "vtm_labels": torch.arange(B) % 2}
 
 
 @pytest.fixture
-def alone():
-    """A process group of this process alone, as train.py and eval.py make one."""
-    with eval.joined_processes():
-        yield
-
-
-@pytest.fixture
-def trainer(clips, tmp_path, alone):
+def trainer(clips, tmp_path):
     def of(*flags):
         flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--out", tmp_path / "run", *flags]
         return train.Trainer(*train.configure(list(map(str, flags))), torch.device("cpu"), print)
-    return of
+    with eval.joined_processes():
+        yield of
 
 
 def test_a_step_has_the_gradient_of_two_plain_joint_passes_and_a_tenth_of_alignment(trainer):
@@ -1769,9 +1660,9 @@ def test_a_step_has_the_gradient_of_two_plain_joint_passes_and_a_tenth_of_alignm
     words = model.mlm_head(model(batch["video"], batch["mlm_ids"]).text).flatten(0, 1)
     loss = F.cross_entropy(words[batch["mlm_where"]], batch["mlm_labels"])
     features = model(batch["video"][batch["vtm_source"]], batch["text_ids"])
-    loss += vtm_loss(model.vtm_head(features.pooled), batch["vtm_labels"])
+    loss += F.cross_entropy(model.vtm_head(features.pooled), batch["vtm_labels"])
     distance, _ = word_patch_transport(features.text, features.video[:, 1:], batch["text_mask"])
-    loss += 0.1 * word_patch_alignment_loss(distance, batch["vtm_labels"])       # release
+    loss += 0.1 * (distance * (2 * batch["vtm_labels"] - 1)).mean()      # release: pulls, pushes
     parameters = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(loss, parameters, allow_unused=True)
     one.gradients([batch], 0)
@@ -1822,14 +1713,26 @@ def test_compiling_breaks_no_graph_and_stops_at_the_second_text_length():
     assert seen == [1, 2, 2]                              # then text of any length
 
 
-def test_a_probe_of_two_manifests_reads_each_pass_from_one_of_them(trainer, clips, tmp_path):
+def test_a_stopped_extraction_goes_on_and_each_pass_of_a_probe_reads_one_manifest(
+        trainer, clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval.Scorer, "CHUNK", 4)
+    images = tmp_path / "images.jsonl"
+    flags = ("--task", "probe", "--data", clips / "qa.jsonl", images, "--mix", 1, 3, "--batch", 2)
     lines = [{"video": f"{clips}/{i}.png", "answer": "still"} for i in range(3)]
-    (tmp_path / "images.jsonl").write_text(jsonl(*lines))
-    one = trainer("--task", "probe", "--data", clips / "qa.jsonl", tmp_path / "images.jsonl",
-                  "--mix", 1, 3, "--batch", 2, "--vocab", "train")
+    images.write_text(jsonl(*lines[:2], {**lines[2], "video": f"{clips}/2.mp4"}))
+    with pytest.raises(DataError, match="images and clips in one"):           # in the third chunk
+        trainer(*flags)
+    images.write_text(jsonl(*lines))
+    one = trainer(*flags)
+    assert "features of 2 clips;" in capsys.readouterr().out
     sets = [batch["set"].tolist() for batch in one.stream()]
-    assert one.sizes == [7, 3] and sum(pair == [1, 1] for pair in sets) == 9
-    assert all(pair in ([0, 0], [1, 1]) for pair in sets) and len(sets) == 12
+    assert one.sizes == [7, 3] and sets.count([1, 1]) == 9 and sets.count([0, 0]) == 3
+    both = Manifest([clips / "qa.jsonl", images])
+    samples = Clips(both, one.tokenizer, "probe", 3, 32, 40, train=False)
+    for i, (found, line) in enumerate(zip(one.clips, both, strict=True)):
+        feature = one.model.eval().encode_video(samples[i, i]["video"][None])[0, 0]
+        assert torch.allclose(found["feature"], feature, atol=1e-4)
+        assert (one.answers[found["label"]], found["where"]) == (line["answer"], line["where"])
 
 
 def test_any_batch_is_cut_into_the_fewest_equal_passes():
@@ -1850,19 +1753,15 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_samples(clips, tm
     assert saved["state"]["step"] == int(re.search(r"step (\d+):", err)[1])
 
 
-def test_unreadable_clips_are_never_replaced_in_evaluation_and_stop_training_above_1_in_10(
-        clips, whole_run, tmp_path):
-    lines = (clips / "choice.jsonl").read_text().replace('"video": "', f'"video": "{clips}/')
-    lines = lines.splitlines(True)[:8]
+def test_training_stops_where_more_than_1_clip_in_10_cannot_be_read(clips, whole_run, tmp_path):
+    lines = absolute(clips / "choice.jsonl")[:8]
     lines[3] = lines[3].replace("3.mp4", "absent.mp4")                       # 1 in 9 visits fails
     (tmp_path / "choice.jsonl").write_text("".join(lines))
-    out = evaluate("choice", tmp_path / "choice.jsonl", whole_run / "checkpoint.pt")
-    assert re.search(r"order .* 7\n", out) and "INCOMPLETE: 1 of 8 samples" in out
-    assert out.count("absent.mp4") == 1
     err = fine_tune("choice", tmp_path / "choice.jsonl", tmp_path / "run", whole_run,
                     "--steps", 50, code=1)
     assert "11 of 103 clips cannot be read, above 1 in 10" in err
-    log = log_of(tmp_path / "run")
+    assert re.search(r"choice.jsonl:4: \S+absent.mp4: no such file", err)
+    log = lines_of(tmp_path / "run" / "log.jsonl")
     named = [len(line["unreadable"]) for line in log if isinstance(line.get("unreadable"), list)]
     assert sum(named) == next(line["unreadable"] for line in log[::-1] if "lr" in line) == 11
 
@@ -1877,18 +1776,16 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
         both = []
         for name, one in (("a", toy_clip), ("b", twin)):
             data.write_clip(tmp_path / f"{name}.mp4", one.frames(), 4, data.TOY_X264)
-            both.append(decode(tmp_path / f"{name}.mp4", all_of))
+            both.append(decode(tmp_path / f"{name}.mp4", range))
         assert torch.equal(both[0], both[1].flip(0))   # from the files
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--task pretrane", "invalid choice: 'pretrane'"),
     ("--task pretrain --widht 3", "unrecognized arguments: --widht"),
-    ("--temporal rolling", "invalid choice: 'rolling'"),
-    ("--data absent.jsonl", "absent.jsonl"),
+    ("--temporal rolling", "invalid choice: 'rolling'"), ("--data absent.jsonl", "absent.jsonl"),
     ("--objectives vtx", "--objectives vtx: those of --task pretrain are vtm, mlm"),
     ("--objectives wpa", "wpa needs vtm"),
-    ("--task choice --objectives vtm", "those of --task choice are choice"),
     ("--data a --val b/x_test.clean.jsonl --val_every 5", "the validation"),
     ("--log_every 0", "must be 1 or more"), ("--batch -4", "must be 0 or more"),
     ("--val_every 5 --data a", "--val_every needs --val"),
@@ -1901,6 +1798,7 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     ("--data {clips}/train.jsonl --vocab absent.txt", "local vocab.txt"),
     ("--data {clips}/choice.jsonl --vocab train --workers 0", "choice.jsonl:"),
     ("--data {clips}/train.jsonl --vocab train --val absent.jsonl", "absent.jsonl: no such"),
+    ("--data {clips}/gone.jsonl --vocab train --workers 0", "100 clips in a row cannot be read"),
     ("--data {clips}/choice.jsonl --vocab train --task choice --val {clips}/no_answer.jsonl",
      '"answer" is None; expected an index into the 2 options')])
 def test_wrong_flags_and_files_say_in_one_line_what_to_do(
@@ -1914,22 +1812,6 @@ def test_wrong_flags_and_files_say_in_one_line_what_to_do(
 
 
 # ---- Downstream tasks (Sec. 4.2) ----------------------------------------------------------------
-
-def table(out) -> list[str]:
-    """The rows of numbers that eval.py printed."""
-    return [line for line in out.splitlines() if re.search(r"\d+\.\d", line) and ":" not in line]
-
-
-def lines_of(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def predicted(task, files, checkpoint, saved, *flags) -> list[dict]:
-    """What eval.py finds in a manifest or, to be used on clips, in files: its --json."""
-    run(eval, "--task", task, "--video" if task in eval.USES else "--data", *files, "--checkpoint",
-        checkpoint, "--workers", 0, "--json", saved, *flags)
-    return lines_of(saved)
-
 
 def test_clips_are_scored_as_they_were_trained_on_unless_a_flag_says_otherwise(
         clips, strong, tmp_path):
@@ -2053,10 +1935,12 @@ def test_two_processes_find_exactly_what_one_finds(
     flags = ["--task", task, "--checkpoint", strong, "--workers", 0, *flags,
              "--data" if scored else "--video", tmp_path / "m.jsonl"]
     one = run(eval, *flags, "--json", tmp_path / "1.jsonl", "--out", tmp_path / "1")
-    code, two = Started(tmp_path / "out.txt", *flags, "--json", tmp_path / "2.jsonl", "--out",
-                        tmp_path / "2", processes=2, script=eval).wait()
-    assert code == 0, two                                        # two does not divide the clips
-    assert table(one) == table(two) and two.count("absent.mp4") == 1
+    Started(tmp_path / "out.txt", "eval.py", *flags, "--json", tmp_path / "2.jsonl",
+            "--out", tmp_path / "2", processes=2).wait()         # two does not divide the clips
+    two = (tmp_path / "out.txt").read_text()
+    numbers = [re.findall(r"^[^:]*\d\.\d[^:]*$", said, re.M) for said in (one, two)]
+    assert numbers[0] == numbers[1] and two.count("absent.mp4") == 1      # never replaced
+    assert not scored or f"INCOMPLETE: 1 of {len(lines) + 1} samples" in one
     found = lines_of(tmp_path / "1.jsonl")
     assert found == lines_of(tmp_path / "2.jsonl")
     assert found == sorted(found, key=lambda line: line.get("index", 0))
@@ -2065,35 +1949,26 @@ def test_two_processes_find_exactly_what_one_finds(
     assert pictures[0] == pictures[1] and len(pictures[0]) == drawn
 
 
-def test_candidates_are_scored_by_the_matched_logit_of_each_alone():  # Sec. 4.2.1, 4.2.3
-    model, video = build(), clip(B=2)
-    lengths, ids = torch.tensor([[4, 8, 6], [5, 3, 0]]), torch.randint(5, 50, (2, 3, 8))
-    mask = torch.arange(8) < lengths[..., None]
-    batch = {"video": video, "text_ids": ids, "text_mask": mask, "option_mask": lengths > 0}
-    with torch.no_grad():
-        scores = eval.score_options(model, batch)
-        for i, j in (lengths > 0).nonzero().tolist():
-            alone = model(video[i:i + 1], ids[i:i + 1, j, :lengths[i, j]]).pooled
-            assert torch.allclose(scores[i, j], model.vtm_head(alone)[0, 1], atol=1e-5)
-        assert scores[1, 2] == -torch.inf                      # the second clip has two candidates
-        text, _ = train.Objectives(model, ("vtc",)).unimodal(batch)
-        own = model.text_proj(model.encode_text(ids[:, 0], mask[:, 0])[:, 0])
-    assert torch.allclose(text, own)                   # retrieval's true caption comes first
-
-
-def test_three_views_of_a_clip_are_averaged(clips, strong, tmp_path):  # 3 x 3 of Tab. 2 to 4
-    manifest = clips / "choice.jsonl"
-    predictions = predicted("choice", [manifest], strong, tmp_path / "p", "--clips", 3)
-    model, samples = opened(strong, manifest, "choice")
-    samples.views, differ = 3, 0
-    for i, prediction in enumerate(predictions):
-        batch = collate([samples[i, i]], samples)
+def test_candidates_are_scored_by_the_matched_logit_of_each_alone_averaged_over_views(
+        clips, strong, tmp_path):  # Sec. 4.2.1, 4.2.3; 3 x 3 of Tab. 2 to 4
+    lines, differ = absolute(clips / "choice.jsonl"), 0
+    lines[1] = lines[1].replace('"options": [', '"options": ["a dog", ')     # the others have two
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    found = predicted("choice", [tmp_path / "m.jsonl"], strong, tmp_path / "p", "--clips", 3)
+    model, samples = opened(strong, tmp_path / "m.jsonl", "choice")
+    for i, prediction in enumerate(found):
+        item = replace(samples, views=3)[i, i]
+        texts = [torch.tensor([ids] * 3) for ids in item["ids"]]
         with torch.no_grad():
-            views = torch.cat([eval.score_options(model, batch | {"video": view})
-                               for view in batch["video"].unbind(1)])
-        assert torch.allclose(torch.tensor(prediction["scores"]), views.mean(0), atol=1e-5)
-        differ = max(differ, float((views - views[0]).abs().max()))
+            scores = torch.stack([model.vtm_head(model(item["video"], text).pooled)[:, 1]
+                                  for text in texts])                             # (options, views)
+        assert torch.allclose(torch.tensor(prediction["scores"]), scores.mean(1), atol=1e-5)
+        differ = max(differ, float(scores.std(1).max()))
     assert differ > 1e-3                                       # of different frames, where all move
+    with torch.no_grad():
+        text, _ = train.Objectives(model, ("vtc",)).unimodal(collate([samples[1, 1]], samples))
+        own = model.encode_text(torch.tensor([samples[1, 1]["ids"][0]]))[:, 0]
+    assert torch.allclose(text, model.text_proj(own), atol=1e-6)    # the true caption comes first
 
 
 def test_pretraining_is_scored_by_each_clip_and_each_masked_word(clips, strong, tmp_path):  # Tab. 6
@@ -2141,24 +2016,12 @@ def test_retrieval_ranks_by_cosine_and_its_best_by_vtms_matched_logit(best, view
         assert first + 1 <= prediction["metrics"]["mean rank"] <= last
 
 
-def test_false_captions_are_never_the_clips_own(clips):  # Sec. 4.2.2
-    manifest, seen = Manifest(clips / "retrieval.jsonl"), set()
-    tokenizer = Tokenizer.train([text for i in range(7) for text in manifest[i]["texts"]], 1000)
-    samples = Clips(manifest, tokenizer, "retrieval", 3, 32, 40, train=True, false_texts=9)
-    for draw in range(21):
-        ids = samples[draw % 7, draw]["ids"]
-        own = [samples.encode(text) for text in samples.manifest[draw % 7]["texts"]]
-        assert ids[0] in own and not any(other in own for other in ids[1:])
-        seen.add(len(ids))
-    assert max(seen) > 5                               # as many as asked but for its own
-
-
 def test_the_choice_head_starts_as_the_pretrained_vtm_head(clips, whole_run, tmp_path):
     questions = clips / "choice.jsonl"                                       # Sec. 4.2.3
     out = fine_tune("choice", questions, tmp_path / "run", whole_run, "--val", questions, "--lr", 0)
     tuned, pretrained = (finished(run)[0]["model"] for run in (tmp_path / "run", whole_run))
-    assert equal(tuned["vtm_head.weight"], pretrained["vtm_head.weight"])
-    scored = evaluate("choice", questions, whole_run / "checkpoint.pt")
+    assert torch.equal(tuned["vtm_head.weight"], pretrained["vtm_head.weight"])
+    scored = evaluate("choice", [questions], whole_run / "checkpoint.pt")
     assert re.search(r"order +\d+\.\d +50\.0 +24", scored)[0] in out and "choice_accuracy" in out
 
 
@@ -2173,16 +2036,18 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
 
     assert probe() == 7                                                              # Tab. 12
     (probed, _), (pretrained, _) = finished(out), finished(whole_run)
-    assert all(equal(probed["model"][k], v) for k, v in pretrained["model"].items())
+    assert all(v.equal(probed["model"][k]) for k, v in pretrained["model"].items())
     assert probed["model"].keys() - pretrained["model"].keys() == {
         "answer_head.0.weight", "answer_head.0.bias"}
     assert probe("--lr", 1) == 0                                         # kept
-    assert not equal(finished(out)[0]["model"]["answer_head.0.weight"],
-                     probed["model"]["answer_head.0.weight"])
-    printed = evaluate("probe", own / "qa.jsonl", out / "checkpoint.pt")
-    assert re.search(r"top-1 % +top-5 % +top-10 %", printed) and len(table(printed)) == 1
+    assert not finished(out)[0]["model"]["answer_head.0.weight"].equal(
+        probed["model"]["answer_head.0.weight"])
+    printed = evaluate("probe", [own / "qa.jsonl"], out / "checkpoint.pt")
+    assert re.search(r"top-1 % +top-5 % +top-10 %.*\n.*\d\.\d +\d+\.\d +\d+\.\d", printed)
     shutil.copy(own / "9.mp4", own / "2.mp4")                            # another clip of that name
     assert probe() == 1
+    (out / "features.pt").write_bytes(b"damaged")                        # no more than a cache
+    assert probe() == 7
     pretrained["model"]["norm.bias"] += 1                                # other weights
     torch.save(pretrained, tmp_path / "first" / "checkpoint.pt")
     assert probe() == 7
@@ -2194,39 +2059,6 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
     fine_tune("probe", own / "qa.jsonl", tmp_path / "other", whole_run)
     log = (tmp_path / "other" / "log.jsonl").read_text()
     assert "3.mp4" in log and '"unreadable": 1' in log
-
-
-def test_a_killed_extraction_goes_on_and_several_manifests_keep_their_numbers(
-        clips, strong, tmp_path, monkeypatch, alone):
-    model, samples = opened(strong, [clips / "qa.jsonl", clips / "choice.jsonl"], "probe")
-    samples.labels = {samples.manifest[2]["answer"]: 5}
-    seen, deadly = [], [9]
-
-    def video_cls(model, view):
-        seen.extend(view["index"].tolist())
-        assert not set(deadly) & set(seen), "killed"
-        return model.encode_video(view["video"])[:, 0]
-
-    def extract():
-        return eval.cls_features(model, samples, tmp_path / "features.pt", train.TrainConfig(
-            workers=0, batch_per_gpu=2), torch.device("cpu"), lambda *_, **__: None)
-
-    monkeypatch.setattr(eval.Scorer, "CHUNK", 4)
-    monkeypatch.setattr(eval, "video_cls", video_cls)
-    with pytest.raises(AssertionError, match="killed"):
-        extract()                                      # in the third chunk
-    seen.clear(), deadly.clear()
-    found, lost = extract()
-    assert not lost and sorted(seen) == list(range(14, 31))
-    assert [one["set"] for one in found] == [0] * 7 + [1] * 24
-    for i, one in enumerate(found):
-        item = samples[i, i]
-        assert torch.allclose(one["feature"], model.encode_video(item["video"][None])[0, 0],
-                              atol=1e-4)
-        assert (one["label"], one["where"]) == (item["label"], item["where"])
-    (tmp_path / "features.pt").write_bytes(b"damaged")           # no more than a cache
-    seen.clear()
-    assert len(extract()[0]) == len(seen) == 31
 
 
 def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run, tmp_path):
@@ -2242,7 +2074,7 @@ def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run,
     hidden = F.gelu(F.linear(x, weights["answer_head.0.weight"], weights["answer_head.0.bias"]))
     assert torch.allclose(model.answer_head(x), F.linear(
         hidden, weights["answer_head.2.weight"], weights["answer_head.2.bias"]), atol=1e-5)
-    scores = [line["result"]["all"] for line in log_of(out) if "result" in line]
+    scores = [line["result"]["all"] for line in lines_of(out / "log.jsonl") if "result" in line]
     best = torch.load(out / "best.pt", weights_only=True)["state"]
     assert len(set(scores)) > 1 and max(scores) > scores[0] and best["best"] == max(scores)
     assert best["step"] == 1 + scores.index(max(scores))                 # the first of the best
@@ -2278,15 +2110,15 @@ def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(
     kept, turned, first, shuffled = (
         eval.reorder(video, order, index).flatten(2) for order in
         ("kept", "reversed", "first", "shuffled"))
-    assert equal([kept, turned], [video.flatten(2), video.flatten(2).flip(2)])
-    assert equal(first, kept[:, :, :1].expand(-1, -1, 8)) and not equal(shuffled, kept)
-    assert equal(shuffled.sort(2).values, kept)
-    assert not equal(shuffled[0, 0], shuffled[1, 0] - 16)        # each clip by its number,
+    assert kept.equal(video.flatten(2)) and turned.equal(kept.flip(2))
+    assert first.equal(kept[:, :, :1].expand(-1, -1, 8))
+    assert shuffled.sort(2).values.equal(kept) and not shuffled.equal(kept)
+    assert not shuffled[0, 0].equal(shuffled[1, 0] - 16)         # each clip by its number,
     alone = eval.reorder(video[1:], "shuffled", index[1:])       # in any batch
-    assert equal(alone.flatten(2), shuffled[1:])
+    assert alone.flatten(2).equal(shuffled[1:])
     (tmp_path / "msrvtt_mc").symlink_to(clips)                   # README has the paper's numbers
     manifest, checkpoint = tmp_path / "msrvtt_mc" / "choice.jsonl", whole_run / "checkpoint.pt"
-    printed = evaluate("choice", manifest, checkpoint, "--order", "reversed", "--bootstrap", 20,
+    printed = evaluate("choice", [manifest], checkpoint, "--order", "reversed", "--bootstrap", 20,
                        "--json", tmp_path / "p")
     assert "--order reversed" in printed and "paper: | msrvtt_mc, lsmdc_mc | choice" in printed
     assert re.search(r"order +\d+\.\d \[\d+\.\d, \d+\.\d\] +50\.0 \[50\.0, 50\.0\] +24", printed)
@@ -2371,8 +2203,7 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
     (tmp_path / "broken.mp4").write_bytes(b"not a film")
 
     def search(*flags, checkpoint=strong):
-        out = run(eval, "--task", "search", "--video", tmp_path, "--text", "white ring",
-                  "a square", "--checkpoint", checkpoint, "--workers", "0", *flags)
+        out = evaluate("search", [tmp_path], checkpoint, "--text", "white ring", "a square", *flags)
         assert "left out" in out and "broken.mp4" in out
         return ([json.loads(line) for line in out.splitlines() if line.startswith("{")],
                 re.findall(r"features of (\d+) clips;", out))
@@ -2394,10 +2225,9 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
             one["cosine"] for one in by_cosine[:2]]
     assert best[0]["matched"] < best[2]["cosine"]                  # the two are first even so
     assert len(search("--rerank", "3", "--window", "1")[0]) == 10
-    err = run(eval, "--task", "search", "--video", tmp_path, "--text", "a", "--checkpoint", strong,
-              "--index", strong, "--workers", "0", code=1)
-    assert "holds no features" in err                              # never written over
     (tmp_path / "film.mp4").write_bytes(b"not an index")
-    run(eval, "--task", "search", "--video", tmp_path, "--text", "a", "--checkpoint", strong,
-        "--index", tmp_path / "film.mp4", "--workers", "0", code=1)
-    assert (tmp_path / "film.mp4").read_bytes() == b"not an index"
+    for other, message in (strong, "holds no features"), (tmp_path / "film.mp4", "or damaged"):
+        before = other.read_bytes()
+        assert message in evaluate("search", [tmp_path], strong, "--text", "a", "--index", other,
+                                   code=1)
+        assert other.read_bytes() == before                        # never written over
