@@ -5,9 +5,10 @@ Every data set is a *manifest*, a JSON object a line, paths relative to the mani
     {"video": "clips/a.mp4", "text": "a dog runs"}
 
 "video" is a file, an image (one frame, S = 1) or a folder of frames. As a task needs them: "texts"
-(several captions of one clip), "captions" ([[start, end, text], ...]: one is drawn per visit),
-"start" and "end" (seconds from the first frame), "fps" (of a folder's frames), "question",
-"options", "answer" (an option's index, or the answer's words), "boxes" (VCR), "kind" (a label to
+(several captions of one clip), "captions" ([[start, end, text], ...]: windows of at least 4 s, of
+which a visit in training draws one and evaluation takes the first), "start" and "end" (seconds
+from the first frame), "fps" (of a folder's frames), "question", "options", "answer" (an option's
+index, or the answer's words), "boxes" (VCR: [[identity, x0, y0, x1, y1], ...]), "kind" (a label to
 report accuracy by), "image" (true where a name does not tell). A .csv or .tsv with such columns,
 or a folder of clips with .txt or .json captions beside them, is read as a manifest too.
 
@@ -46,8 +47,8 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import Interpolation, VideoReformatter
+from tokenizers import BertWordPieceTokenizer
 from tokenizers import Tokenizer as WordPieces
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
@@ -66,6 +67,8 @@ FIELDS = {"video": "str", "text": "str", "texts": "list", "captions": "list", "q
           "options": "list", "answer": "int or str", "start": "int or float",
           "end": "int or float", "fps": "int or float", "boxes": "list", "kind": "str",
           "image": "bool"}
+ITEMS = {"texts": [True], "options": [True],       # which parts of an item of a list are words
+         "captions": [False, False, True], "boxes": [False] * 5}
 ALSO_CALLED = {  # what other people's files call a field
     "video": ("path", "file", "filename", "video_path", "clip"),
     "text": ("caption", "title", "description", "sentence", "txt")}
@@ -77,9 +80,8 @@ HEADER = 4                     # int64 before the first line's offset: version, 
 class Manifest:
     """One or several manifests (`paths`) as a sequence of dicts, read through an index of lines.
     columns: ("video=clip_name", "text=en"), for tables whose columns have other names. `m[i]` is
-    line i, with "video" made absolute and "where" = "file:line" added. A sample is two small reads,
-    and nothing stays open or in memory: workers share nothing, and 136 M lines are 1.1 GB of index
-    on disk. DataError names file:line of a line that is not JSON or not as FIELDS."""
+    line i, with "video" made absolute and "where" = "file:line" added: two small reads, nothing
+    stays open or in memory (136 M lines: 1.1 GB of index on disk). DataError names file:line."""
 
     def __init__(self, paths, columns=()):
         self.names = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
@@ -136,6 +138,11 @@ def checked(sample, where):
         if type(sample[field]).__name__ not in FIELDS[field].split(" or "):
             raise DataError(f'{where}: "{field}" is {sample[field]!r:.60}; expected '
                             f"{FIELDS[field]}, as the first lines of data.py tell")
+        for item in sample[field] if field in ITEMS else ():
+            parts = item if isinstance(item, list) else [item]
+            if [isinstance(part, str) for part in parts] != ITEMS[field]:
+                raise DataError(f'{where}: "{field}" holds {item!r:.60}; expected items as the '
+                                "first lines of data.py tell")
     return sample
 
 
@@ -204,19 +211,23 @@ def json_lines(path, columns=()):
     """`path` or, of a table or a folder of clips, a manifest of it in the temporary folder."""
     if not (path.is_dir() or path.suffix in (".csv", ".tsv")):
         return path
-    samples = "".join(json.dumps(sample) + "\n" for sample in own_samples(path, columns))
-    place = temporary(samples, ".jsonl")
+    return temporary_manifest(own_samples(path, columns))
+
+
+def temporary_manifest(samples):
+    """The path of a manifest of these samples, the same for the same ones."""
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    place = temporary(lines, ".jsonl")
     if not place.is_file():
         with replacing(place) as file:
-            file.write(samples.encode())
+            file.write(lines.encode())
     return place
 
 
 def own_samples(path, columns=()):
     """Samples of a person's own table or folder, with absolute paths and "where" = "file:line".
-    A column is named as its field, as `columns` says or as in ALSO_CALLED; others are not read.
-    Numbers and lists are as Python writes them: 1.5, ['a', 'b']. DataError if not as FIELDS. Rows
-    whose caption is empty are left out and counted."""
+    A column is named as its field, as `columns` says or as in ALSO_CALLED. Numbers and lists are
+    as Python writes them: 1.5, ['a', 'b']. Rows whose caption is empty are left out and counted."""
     said, wordless = dict(column.lower().partition("=")[::2] for column in columns), 0
     for where, row in own_rows(path):
         cells = {str(key).lower(): value for key, value in row.items() if value not in (None, "")}
@@ -279,9 +290,8 @@ def mix(*numbers):
 
 
 def shuffled(i, n, seed):
-    """The i-th element of a pseudo-random permutation of range(n), without a list of it.
-    A Feistel network permutes the smallest even number of bits that holds n; walking its cycle
-    until the value falls below n permutes range(n): under four walks on average."""
+    """The i-th element of a pseudo-random permutation of range(n), without a list of it: a Feistel
+    network permutes the smallest even number of bits that holds n; values of n or more walk on."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
     while True:
@@ -295,19 +305,15 @@ def shuffled(i, n, seed):
 
 class Batches:
     """Lists of (sample, draw), one a forward pass: a function of (seed, step, pass) only.
-    sizes: lines of each manifest. batch: clips of one optimiser step over all processes. A step is
-    cut into world * accumulate passes, of which rank r has the r-th `accumulate`; each reads one
-    manifest, so that VTM's negatives never cross data sets. Manifests alternate, in proportion to
-    `shares` (default: to their lines), each visited in the order of an epoch's permutation. Hence
-    any number of processes with passes of one size sees the same passes (of one manifest: of any
-    size), and a run that goes on at step `start`, to step `steps`, replays and skips nothing."""
+    sizes: lines of each manifest. batch: clips of one optimiser step, cut into world * accumulate
+    passes, of which rank r has the r-th `accumulate`. Each reads one manifest, so that VTM's
+    negatives never cross data sets, in proportion to `shares` (default: to their lines). Hence any
+    number of processes with passes of one size sees the same passes (of one manifest: of any size),
+    and a run that goes on at step `start`, to step `steps`, replays and skips nothing."""
 
     def __init__(self, sizes, batch, seed, rank=0, world=1, start=0, accumulate=1, steps=1,
                  shares=()):
         self.passes = world * accumulate                            # of a step
-        if batch % self.passes:
-            raise DataError(f"a batch of {batch} clips does not divide among {world} processes x "
-                            f"{accumulate} passes; take a multiple of {self.passes}")
         if shares and (len(shares) != len(sizes) or min(shares) <= 0):
             raise DataError(f"--mix {' '.join(map(str, shares))}: expected {len(sizes)} positive "
                             "numbers, one for each manifest of --data")
@@ -551,23 +557,16 @@ def decode_group(container, stream, key, missing):
     yield from context.decode(None)
 
 
-def augment(video, size, train, rand_augment=False, flip=False):
-    """Crop to size x size, alike for all frames: random in training, else the centre.
-    video: uint8 (..., 3, h, w) with h, w >= size. rand_augment: two operations of magnitude 9
-    before the crop; flip: left to right with probability 0.5; both in training only, as in the
-    release. Returns uint8 (..., 3, size, size). Normalisation happens on the model's device."""
-    if not train:
-        return v2.functional.center_crop(video, [size, size])
-    steps = [v2.RandAugment()] if rand_augment else []
-    steps += [v2.RandomCrop(size)] + ([v2.RandomHorizontalFlip()] if flip else [])
-    return v2.Compose(steps)(video)
+def crop(video, size, train):
+    """uint8 (..., 3, size, size) of uint8 (..., 3, h, w) with h, w >= size, alike for all frames:
+    random in training, else the centre. Normalisation happens on the model's device."""
+    return v2.RandomCrop(size)(video) if train else v2.functional.center_crop(video, [size, size])
 
 
 def draw_boxes(video, boxes):
     """VCR, Sec. 4.2.4, Fig. 5: a mask around each entity in its own colour. uint8 (S, 3, h, w).
     boxes: [[identity, x0, y0, x1, y1], ...] in pixels of the frames. As the release: 0.7 of the
-    image, 0.3 of the colour, and an outline of 3 pixels. The colour depends on nothing but the
-    identity's number: hues a golden section apart, so that any few differ."""
+    image, 0.3 of the colour, an outline of 3 pixels. Hues are a golden section apart."""
     colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.618034 * identity % 1, 1, 1))
                for identity, *_ in boxes]
     corners = torch.tensor([corners for _, *corners in boxes], dtype=torch.float32)
@@ -577,11 +576,6 @@ def draw_boxes(video, boxes):
     filled = [draw_segmentation_masks(frame, masks, 0.3, colours) for frame in video]
     return torch.stack([draw_bounding_boxes(frame, corners, colors=colours, width=3)
                         for frame in filled])
-
-
-def names_sides(sample):
-    """Whether any words of a sample say left or right, so that its clip must not be flipped."""
-    return re.search(r"\b(left|right)", json.dumps(texts_of(sample)).lower()) is not None
 
 
 def texts_of(sample):
@@ -639,7 +633,7 @@ class Tokenizer:
             elif path.suffix == ".json":
                 words = WordPieces.from_file(str(path))
             elif path.is_file() or path.suffix == ".txt":       # a file's name: not fetched
-                words = bert(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+                words = BertWordPieceTokenizer.from_file(str(path))
             else:
                 words = WordPieces.from_pretrained(str(name))
             words.encode("a word that is in no vocabulary")     # an unk_token that is none shows
@@ -654,7 +648,7 @@ class Tokenizer:
         """A WordPiece vocabulary of the texts' own words, at most `vocab_size` tokens: the most
         frequent words whole, and every letter and '##letter' met to spell the others. (The trainer
         of `tokenizers` breaks ties by hash order: no two runs give the same vocabulary.)"""
-        words, count = bert(models.WordPiece(unk_token="[UNK]")), collections.Counter()
+        words, count = BertWordPieceTokenizer(), collections.Counter()
         for text in texts:
             text = words.normalizer.normalize_str(text)
             count.update(word for word, _ in words.pre_tokenizer.pre_tokenize_str(text))
@@ -663,7 +657,7 @@ class Tokenizer:
         frequent = sorted(count, key=lambda word: (-count[word], word))
         tokens = list(dict.fromkeys(spelling + frequent))[:max(vocab_size, len(spelling))]
         vocabulary = {token: i for i, token in enumerate(tokens)}
-        return Tokenizer(bert(models.WordPiece(vocabulary, unk_token="[UNK]")))
+        return Tokenizer(BertWordPieceTokenizer(vocabulary))
 
     def to_json(self):
         """The whole tokenizer as one string, which a checkpoint carries."""
@@ -678,17 +672,6 @@ class Tokenizer:
         body = body[:room]
         head = head[:room - len(body)] + [self.sep_id] if head else []
         return [self.cls_id] + head + body + [self.sep_id]
-
-
-def bert(model):
-    """`tokenizers` around a WordPiece model, as bert-base-uncased has it but for the specials."""
-    words = WordPieces(model)
-    words.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    words.decoder = decoders.WordPiece()
-    # "[MASK]" in a text is the mask, not three pieces
-    words.add_special_tokens([token for token in SPECIALS if words.token_to_id(token) is not None])
-    return words
 
 
 def mask_tokens(ids, tokenizer, whole_words=False, p=0.15):
@@ -715,11 +698,9 @@ def mask_tokens(ids, tokenizer, whole_words=False, p=0.15):
 
 
 def vtm_pairs(captions, videos, generator=None):
-    """VTM, Sec. 3.3: which clip's video each text of a group meets, and whether it is its own.
-    captions, videos: one hashable per clip. Each keeps its own video with probability 0.5, else
-    takes that of another clip of the group, of another video and another caption; where there is
-    none it keeps its own. Returns (source, labels): lists of indices into the group and of
-    1 = match, 0 = mismatch."""
+    """VTM, Sec. 3.3: (source, labels): which clip's video each text of a group meets, and 1 if its
+    own. captions, videos: one hashable per clip. Each keeps its own video with probability 0.5,
+    else takes that of another clip of the group, of another video and caption, if there is one."""
     source, labels = [], []
     for i, (caption, video) in enumerate(zip(captions, videos)):
         others = [j for j in range(len(captions)) if captions[j] != caption and videos[j] != video]
@@ -767,9 +748,8 @@ class Clips:
     seed: int = 0
     views: int = 1              # K temporally different draws of S frames, in evaluation
     squash: bool = False        # whole frames resized (Sec. 4.1.1), not scaled to 1.2 and cropped
+    order: str = "kept"         # of frames, in evaluation: shuffled, reversed or the first, S times
     boxes: bool = True          # VCR: draw the entities' regions (Tab. 5, "Mask")
-    rand_augment: bool = False
-    flip: bool = False
     whole_word_masking: bool = False
     answers: list = None        # the classes of qa and probe
     false_texts: int = 0        # retrieval in training: captions of other lines, as options
@@ -803,17 +783,19 @@ class Clips:
         frames = 1 if is_image(sample) else self.frames
         size, views = self.image_size, 1 if self.train else self.views
 
+        order = {"kept": range(frames), "reversed": range(frames)[::-1], "first": [0] * frames,
+                 "shuffled": None}[self.order] or torch.randperm(frames).tolist()
+
         def pick(n):
-            return [k for view in range(views)
-                    for k in sample_frames(n, frames, self.train, view, views)]
+            views_of = [sample_frames(n, frames, self.train, v, views) for v in range(views)]
+            return [picked[s] for picked in views_of for s in order]
 
         boxes = sample.get("boxes") if self.boxes else None
         side = None if boxes else (size, size) if self.squash else int(1.2 * size)   # release: 268
         video = decode(sample["video"], pick, side, *map(sample.get, ("start", "end", "fps")))
         if boxes:       # in pixels of the stored image: draw, then scale; a crop may cut them off
             video = v2.functional.resize(draw_boxes(video, boxes), [size, size])
-        flip = self.flip and not names_sides(sample)
-        video = augment(video, size, self.train, self.rand_augment, flip)
+        video = crop(video, size, self.train)
         return video.unflatten(0, (views, frames)) if views > 1 else video
 
     def read_words(self, sample):
@@ -835,7 +817,8 @@ class Clips:
         return {"ids": [self.encode(text)], "label": self.labels.get(sample.get("answer"), -1)}
 
     def captions(self, sample):
-        """The captions of a sample to read on this visit: one in training, all in evaluation."""
+        """The captions of a sample to read on this visit: one in training, in evaluation all or,
+        of windows, the first."""
         texts = sample.get("captions") or sample.get("texts") or [need(sample, "text")]
         one = int(torch.randint(len(texts), ())) if self.train else 0
         if "captions" in sample:
@@ -909,9 +892,8 @@ def pad(rows, length, value):
 
 class Readers:
     """`function` in processes that may die or hang: each is minded by a thread, which replaces it.
-    Calling it answers one task in a process, or raises Unreadable if the task killed its process
-    twice (once may be an accident) or took longer than `timeout` seconds; errors of `function` are
-    raised as they are. function and tasks are pickled. workers = 0: here, unprotected. (A
+    Calling it answers one task, or raises Unreadable if the task killed its process twice (once may
+    be an accident) or took longer than `timeout` seconds. workers = 0: here, unprotected. (A
     DataLoader tells of a dead worker by an exception anywhere in the main thread.)"""
 
     def __init__(self, function, workers, timeout):
@@ -1120,8 +1102,7 @@ def toy(root="data/toy", seed=0):
     in twins of the same frames in reverse order, equal bit for bit, so that no multiset of frames
     tells order or motion. Per split: SPLIT.jsonl (captions), choice_SPLIT (kinds "appearance",
     "order", "motion"), qa_SPLIT, probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures),
-    retrieval_SPLIT (the first clip of each meaning with both its wordings). A folder of the name
-    is complete: it was renamed at the end. DataError if `root` is something else."""
+    retrieval_SPLIT (the first clip of each meaning with both its wordings)."""
     root, content = Path(root), json.dumps({"seed": seed, "clips": SPLITS, "version": 3}) + "\n"
     if (root / "toy.json").is_file() and (root / "toy.json").read_text() == content:
         return root
@@ -1166,6 +1147,8 @@ def examine(task):
     (sample, frames, size), counted, began = task, [], time.process_time()
     if "options" in sample:
         right_option(sample)
+    elif not texts_of(sample) and "answer" not in sample:
+        need(sample, "text")
     decode(sample["video"], lambda n: counted.append(n) or sample_frames(n, frames, False),
            int(1.2 * size), *map(sample.get, ("start", "end", "fps")))
     return counted[-1], time.process_time() - began
@@ -1173,7 +1156,7 @@ def examine(task):
 
 def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224, vocab=None,
           max_text_len=40, gpu=400):
-    """The data doctor: reads every sample as in training; writes NAME.clean.jsonl.
+    """The data doctor: decodes every sample's frames; writes the usable lines to NAME.clean.jsonl.
     Prints and returns {fault: [file:line and detail]}. Left out of the clean manifest: bad lines,
     clips that are missing, unreadable, kill their reader or take longer than `timeout` seconds,
     empty texts. Only told: clips of fewer than `frames` frames, texts of more than max_text_len

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from allinone import (VARIANTS, AllInOne, Config, Temporal, load_release, load_weights,
                       read_weights, token_rolling, word_patch_transport)
 from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, is_image, load,
-                  replacing, temporary)
+                  replacing, temporary_manifest)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
@@ -99,9 +99,15 @@ def in_all_processes(part: list) -> list:
     return sum(parts, [])
 
 
+def say(*words, **how) -> None:
+    """Prints, on the first process alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*words, **how, flush=True)
+
+
 # ---- Checkpoints --------------------------------------------------------------------------------
 
-def checkpoint_model(content: dict, path, vocab: str = "bert-base-uncased", say=print,
+def checkpoint_model(content: dict, path, vocab: str = "bert-base-uncased",
                      answers: list[str] | None = None, **overrides):
     """(model, tokenizer, answers) of what read_weights(path) gave, else ValueError.
     vocab: for the authors' file, which carries no tokenizer. answers: what is to be learnt; a head
@@ -232,19 +238,7 @@ class EvalConfig:
         c = model.config
         return Clips(Manifest(self.data, self.columns), tokenizer, self.task, c.frames,
                      c.image_size, c.max_text_len, train=False, views=self.clips,
-                     squash=self.squash, boxes=self.boxes, answers=answers)
-
-
-def reorder(video: Tensor, order: str, index: Tensor) -> Tensor:
-    """The frames of clips (B, [K,] S, 3, H, W) in another order, or the "first" one S times.
-    index: (B,), the samples' numbers; a sample is shuffled alike whatever batch it is in."""
-    S = video.shape[-4]
-    if order == "shuffled":
-        draws = [torch.Generator().manual_seed(i) for i in index.tolist()]
-        return torch.stack([clip.index_select(-4, torch.randperm(S, generator=draw))
-                            for clip, draw in zip(video, draws)])
-    frames = {"kept": range(S), "reversed": range(S)[::-1], "first": [0] * S}[order]
-    return video.index_select(-4, torch.tensor(frames))
+                     squash=self.squash, boxes=self.boxes, order=self.order, answers=answers)
 
 
 def half_precision(device: torch.device):
@@ -261,9 +255,8 @@ class Scorer:
     clips: Clips
     config: EvalConfig
     device: torch.device
-    say: typing.Callable = print
     errors: list = field(default_factory=list)         # what this process could not read
-    CHUNK = 2048                                       # clips between two savings of features
+    CHUNK = 2048                                       # clips before the first saving of features
 
     def __post_init__(self):
         self.model.to(self.device).eval()
@@ -290,7 +283,6 @@ class Scorer:
             self.errors += items["errors"]
             if not items["where"]:
                 continue
-            items["video"] = reorder(items["video"], self.config.order, items["index"])
             batch = {k: v.to(self.device) for k, v in items.items() if isinstance(v, Tensor)}
             views = batch["video"].unbind(1) if batch["video"].dim() == 6 else [batch["video"]]
             if by_chance:
@@ -298,34 +290,32 @@ class Scorer:
             yield items, [batch | {"video": view} for view in views]
 
     @torch.no_grad()
-    def features(self, encode: typing.Callable, path: Path | None) -> dict[int, Tensor]:
+    def features(self, encode: typing.Callable, path: Path | None, is_cache: bool = False):
         """{sample: encode(model, view)} of all clips that can be read. The file `path` keeps them
-        while weights, model and clip are the same, written so often that a killed run goes on."""
-        model, clips = self.model, self.clips
+        while weights, model and clip are the same, so that a killed run goes on. ValueError if it
+        holds something else; if it is a cache, it is written anew."""
+        model, clips, content = self.model, self.clips, {}
         weights = zlib.crc32(b"".join(
             p.detach().cpu().numpy().tobytes() for name, p in model.named_parameters()
             if not name.startswith("answer_head")))
         sizes = replace(model.config, answers=0, answer_head="paper")
-        key = str([weights, encode.__name__, sizes, clips.squash, clips.boxes, self.config.order])
-        try:
-            content = read_weights(path) if path and path.exists() else {"key": ""}
-        except ValueError as error:
-            if path.name != "features.pt":             # a probe's is no more than a cache
-                raise
-            self.say(f"{error}: computed anew")
-            content = {"key": ""}
-        if "key" not in content:
-            raise ValueError(f"{path}: holds no features; name another file to keep them in")
-        kept = dict(zip(content["names"], content["features"])) if content["key"] == key else {}
+        key = str([weights, encode.__name__, sizes, clips.squash, clips.boxes, clips.order])
+        if path and path.exists():
+            with contextlib.suppress(*[ValueError] * is_cache):
+                content = read_weights(path)
+            if content.get("key") != key and not is_cache:
+                raise ValueError(f"{path}: holds no features, or those of other weights or flags; "
+                                 "name another file, or remove it")
+        kept = dict(zip(content["names"], content["features"])) if content.get("key") == key else {}
         names = [clip_key(clips.manifest[i]) for i in range(len(clips))]
-        missing = [i for i, name in enumerate(names) if name not in kept]
-        for begin in range(0, len(missing), self.CHUNK):
-            new = []
-            for items, (view, *_) in self.read(missing[begin:begin + self.CHUNK]):
+        missing, end = [i for i, name in enumerate(names) if name not in kept], 0
+        while end < len(missing):
+            begin, end, new = end, max(self.CHUNK, 2 * end), []   # each saving writes them all
+            for items, (view, *_) in self.read(missing[begin:end]):
                 with half_precision(self.device):
                     new += zip(items["index"].tolist(), encode(model, view).cpu())
             kept |= {names[i]: feature for i, feature in in_all_processes(new)}
-            self.say(f"\rfeatures: {begin} of {len(missing)} clips", end="")
+            say(f"\rfeatures: {min(end, len(missing))} of {len(missing)} clips", end="")
             if path and kept and dist.get_rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as file:
@@ -333,7 +323,7 @@ class Scorer:
                                 "features": torch.stack(list(kept.values()))}, file)
         if missing:
             lost = len(self.unreadable())
-            self.say(f"\rfeatures of {len(missing) - lost} clips; unreadable: {lost}")
+            say(f"\rfeatures of {len(missing) - lost} clips; unreadable: {lost}")
         return {i: kept[name] for i, name in enumerate(names) if name in kept}
 
 
@@ -345,20 +335,16 @@ def clip_key(sample: dict) -> str:
                        *map(sample.get, ("start", "end", "fps", "boxes"))])
 
 
-def cls_features(model: AllInOne, clips: Clips, path: Path, config, device, say):
+def cls_features(model: AllInOne, clips: Clips, path: Path, config, device):
     """(what a probe trains on, what could not be read): a list of {feature, label, where, set}.
-    config: a TrainConfig. DataError if more than 1 clip in 10 cannot be read."""
+    config: a TrainConfig."""
     reading = EvalConfig(task="probe", batch=config.batch_per_gpu, workers=config.workers)
-    scorer, samples = Scorer(model, clips, reading, device, say), []
-    for i, feature in scorer.features(video_cls, path).items():
+    scorer, samples = Scorer(model, clips, reading, device), []
+    for i, feature in scorer.features(video_cls, path, is_cache=True).items():
         sample = clips.manifest[i]
         samples.append({"feature": feature, "label": clips.labels.get(sample.get("answer"), -1),
                         "where": sample["where"], "set": clips.manifest.locate(i)[0]})
-    unreadable = scorer.unreadable()
-    if len(unreadable) > len(clips) / 10:
-        raise DataError(f"{len(unreadable)} of {len(clips)} clips cannot be read, above 1 in 10: "
-                        f"{'; '.join(unreadable[-3:])}")
-    return samples, unreadable
+    return samples, scorer.unreadable()
 
 
 @torch.no_grad()
@@ -651,24 +637,22 @@ def video_manifest(config: EvalConfig) -> str:
         if path.suffix in (".jsonl", ".csv", ".tsv"):
             samples = Manifest(path, config.columns)
         for sample in samples:
-            kept = {key: sample[key] for key in ("video", "start", "end", "fps") if key in sample}
+            kept = {key: sample[key] for key in
+                    ("video", "start", "end", "fps", "image", "boxes") if key in sample}
             spans, end = [{}], math.inf                        # an image has no end
             if config.window:
                 end = min(sample.get("end", end), duration(sample["video"]) or end)
             if end < math.inf:
                 begins = np.arange(sample.get("start", 0.0), end, config.window).tolist()
                 spans = [{"start": t, "end": min(t + config.window, end)} for t in begins]
-            lines += [json.dumps(kept | span | asked) + "\n" for span in spans]
+            lines += [kept | span | asked for span in spans]
     if not lines:
         raise DataError(f"--video {' '.join(config.video)}: no clip there")
-    place = temporary("".join(lines), ".jsonl")
-    with replacing(place) as file:
-        file.write("".join(lines).encode())
-    return str(place)
+    return str(temporary_manifest(lines))
 
 
 @torch.no_grad()
-def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, device, say) -> list:
+def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, device) -> list:
     """--task fill, match, ask, explain, attention or search on the clips of --video: prints and
     returns the results; --out DIR gets a picture of each clip (search: of each text)."""
     task = {"ask": "qa", "search": "probe"}.get(config.task, "retrieval")
@@ -678,7 +662,7 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
     clips = reading.clips_of(model, tokenizer, answers)
     if len(set(map(is_image, clips.manifest))) > 1:      # images among clips: one by one
         reading = replace(reading, batch=1)
-    scorer, found, pictures = Scorer(model, clips, reading, device, say), [], defaultdict(list)
+    scorer, found, pictures = Scorer(model, clips, reading, device), [], defaultdict(list)
     if config.task == "search":
         found = search(scorer)
     else:
@@ -693,7 +677,7 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
         shown = {k: v for k, v in result.items() if k not in ("maps", "blocks")}
         say(json.dumps(shown, ensure_ascii=False))
         if config.out and dist.get_rank() == 0:
-            frames = reorder(clips[i, 0]["video"][None], config.order, torch.tensor([i]))[0]
+            frames = clips[i, i]["video"]
             rows = [(str(shown)[:80], list(frames))]
             if config.task == "explain":
                 rows = [(word, heated(frames, torch.tensor(heat)))
@@ -807,7 +791,7 @@ def summarise(predictions: list[dict], resamplings: int = 0) -> dict[str, dict[s
     return table
 
 
-def report(result: dict, config: EvalConfig, model: Config, say=print) -> dict[str, float]:
+def report(result: dict, config: EvalConfig, model: Config) -> dict[str, float]:
     """Prints how samples were scored, a table by kind, what is lacking, and the paper's numbers.
     Returns {kind: average of its first metric}."""
     ways = {name: getattr(config, name) for name in ("order", "clips", "rerank")}
@@ -934,12 +918,11 @@ def main(argv: list[str] | None = None) -> None:
         if wrong:
             parser.error(message)
     with joined_processes() as device:
-        say = print if dist.get_rank() == 0 else lambda *_, **__: None
         if not path.exists():
             raise ValueError(f"{path}: no such file; give --checkpoint, or make the proof run's in "
                              "four minutes: python train.py --task pretrain")
         content = read_weights(path)
-        model, tokenizer, answers = checkpoint_model(content, path, config.vocab, say, **sizes)
+        model, tokenizer, answers = checkpoint_model(content, path, config.vocab, **sizes)
         trained = content.get("config", {})
         reading = {k: trained[k] for k in ("squash", "boxes") if k in trained and k not in given}
         config = replace(config, **reading)                    # as in training
@@ -964,10 +947,10 @@ def main(argv: list[str] | None = None) -> None:
             say("not trained with VTC: VTM ranks all pairs")
             config = replace(config, rerank=10 ** 9)
         if using:
-            results = use(model, tokenizer, config, answers, device, say)
+            results = use(model, tokenizer, config, answers, device)
         else:
             result = evaluate(model, tokenizer, config, device, answers)
-            report(result, config, model.config, say)
+            report(result, config, model.config)
             results = result["predictions"]
         if config.json and dist.get_rank() == 0:
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ import train
 from allinone import (VARIANTS, AllInOne, Config, Select, Temporal, channel_shift, load_release,
                       load_vit, mlm_loss, token_rolling, vtc_loss, vtm_loss, word_patch_transport)
 from data import (Batches, Clips, DataError, Manifest, Tokenizer, Unreadable,
-                  augment, collate, convert, decode, entries, mask_tokens, sample_frames,
+                  collate, convert, crop, decode, entries, mask_tokens, sample_frames,
                   shuffled, vtm_pairs)
 from eval import count_macs, count_parameters
 
@@ -785,10 +785,8 @@ def test_any_number_of_processes_sees_the_same_batches_and_resuming_skips_nothin
         epochs = [own[i:i + n] for i in range(0, len(own) - n + 1, n)]
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs)  # each visits all, once
         assert epochs[0] != epochs[1]
-    for wrong, message in [({"world": 5}, "multiple of 5"),
-                           ({"shares": (1, 1, 1)}, f"expected {len(sizes)} positive")]:
-        with pytest.raises(DataError, match=message):
-            Batches(sizes, 24, 3, **wrong)
+    with pytest.raises(DataError, match=f"expected {len(sizes)} positive"):
+        Batches(sizes, 24, 3, shares=(1, 1, 1))
 
 
 WORDS = ["a dog runs to the left", "two cats play with a ball", "a man cooks rice"]
@@ -817,7 +815,7 @@ def test_a_local_vocabulary_is_read_and_an_unknown_name_asks_for_one(tmp_path):
     for file in tmp_path / "vocab.txt", tmp_path / "tokenizer.json":
         assert Tokenizer.load(file).encode(WORDS[0], 40) == tokenizer.encode(WORDS[0], 40)
     for name, message in (("no such name", "local vocab.txt"), ("none.txt", "local vocab.txt"),
-                          (tmp_path / "other.txt", r"lacks \[PAD\]")):
+                          (tmp_path / "other.txt", "not found in the vocabulary")):
         with pytest.raises(DataError, match=message):
             Tokenizer.load(name)
 
@@ -961,25 +959,13 @@ def test_a_video_of_many_captions_gives_one_window_a_visit(tmp_path):      # How
     assert clips.captions(sample) and sample["end"] - max(sample["start"], 0) <= data.MIN_WINDOW
 
 
-def test_crops_are_alike_in_all_frames_and_left_is_never_flipped(tmp_path):
-    frame = torch.arange(40 * 48).remainder(251).to(torch.uint8).reshape(40, 48)
-    video = frame.expand(3, 3, 40, 48)
+def test_crops_are_alike_in_all_frames():
+    video = (torch.arange(40 * 48) % 251).byte().view(40, 48).expand(3, 3, 40, 48)
     torch.manual_seed(0)
-    crops = {tuple(augment(video, 32, True)[0, 0, 0].tolist()) for _ in range(50)}
-    assert len(crops) > 20                                                 # of 9 x 17 places
-    cropped = augment(video, 32, True)
-    assert torch.equal(cropped[0], cropped[2])
-    assert torch.equal(augment(video, 32, False), video[..., 4:36, 8:40])
-    assert augment(video, 32, True, rand_augment=True, flip=True).shape == (3, 3, 32, 32)
-    flipped = clips_of(tmp_path, ["bright", "a dog runs to the left",
-                                  {"text": "a", "options": ["b", "the Right one"]},
-                                  {"text": "a", "question": "left?"}], flip=True)
-    straight = replace(flipped, flip=False)
-    same = [[torch.equal(flipped[i, draw]["video"], straight[i, draw]["video"])
-             for draw in range(9)] for i in range(4)]
-    assert set(same[0]) == {True, False} and all(sum(same[1:], []))
-    backwards = flipped[0, same[0].index(False)]["video"].flip(-1)
-    assert torch.equal(backwards, straight[0, same[0].index(False)]["video"])
+    crops = [crop(video, 32, True) for _ in range(50)]
+    assert len({tuple(one[0, 0, 0].tolist()) for one in crops}) > 20       # of 9 x 17 places
+    assert all(one[0].equal(one[2]) for one in crops)
+    assert crop(video, 32, False).equal(video[..., 4:36, 8:40])
 
 
 def test_boxes_in_pixels_of_the_stored_image_wear_the_colour_of_their_identity(tmp_path):
@@ -1055,16 +1041,18 @@ def test_the_data_doctor_names_every_fault_and_writes_a_clean_manifest(tmp_path,
     (tmp_path / "bad.mp4").write_bytes(b"no film")
     lines = [{"video": "a.mp4", "text": "a dog"}, {"video": "gone.mp4", "text": "a cat"},
              {"video": "bad.mp4", "text": "a cow"}, {"video": "short.mp4", "text": "a dog"},
-             {"video": "a.mp4", "text": " "}, {"video": "a.mp4", "text": "so many words " * 20}]
+             {"video": "a.mp4", "text": " "}, {"video": "a.mp4", "text": "so many words " * 20},
+             {"video": "a.mp4"}, {"video": "a.mp4", "options": ["a", "b"], "answer": 2},
+             {"video": "a.mp4", "captions": [[0, 1]]}]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nno JSON")
     found = data.check(tmp_path / "m.jsonl", workers=1, timeout=30)
     assert {fault: [int(place.split(":")[1].split()[0]) for place in places]
             for fault, places in found.items()} == {
         "missing file": [2], "unreadable": [3], "short clip": [4], "duplicate caption": [4],
-        "empty text": [5], "text too long": [6], "bad line": [7]}
+        "empty text": [5], "text too long": [6], "bad line": [7, 8, 9, 10]}
     clean = Manifest(tmp_path / "m.clean.jsonl")
     assert [clean[i]["text"][:7] for i in range(len(clean))] == ["a dog", "a dog", "so many"]
-    assert re.search(r"3 of 7 samples are usable: .*\n.*decode at \d+ per CPU-second: .* 400 "
+    assert re.search(r"3 of 10 samples are usable: .*\n.*decode at \d+ per CPU-second: .* 400 "
                      r"clips/s needs [\d.]+ workers", capsys.readouterr().out)
 
 
@@ -1584,7 +1572,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     assert "no checkpoint of train.py in" in pretrain(clips, out, code=1)
 
 
-def test_a_run_folder_of_another_run_is_refused_and_can_be_set_aside(clips, whole_run, tmp_path):
+def test_a_run_folder_of_another_run_is_refused(clips, whole_run, tmp_path):
     own, out = shutil.copytree(clips, tmp_path / "clips"), tmp_path / "run"
     manifest = own / "train.jsonl"
     lines = manifest.read_text().splitlines(True)
@@ -1606,9 +1594,6 @@ def test_a_run_folder_of_another_run_is_refused_and_can_be_set_aside(clips, whol
     printed = pretrain(own, out, *flags, "--lr", "5e-4", "--steps", 4)
     assert "from step 3 on: lr was 0.001, now 0.0005" in printed
     assert finished(out)[0]["tokenizer"] == vocabulary       # the checkpoint's own
-    pretrain(own, out, "--seed", 5, "--no-resume", "--steps", 2)
-    pretrain(own, out, "--seed", 6, "--no-resume", "--steps", 2)
-    assert len(list(out.glob("checkpoint.pt.*.aside"))) == 2
 
 
 @pytest.mark.parametrize("processes, size, objectives", [
@@ -1649,7 +1634,7 @@ def training_batch(config, B=4, m=8):
 def trainer(clips, tmp_path):
     def of(*flags):
         flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--out", tmp_path / "run", *flags]
-        return train.Trainer(*train.configure(list(map(str, flags))), torch.device("cpu"), print)
+        return train.Trainer(*train.configure(list(map(str, flags))), torch.device("cpu"))
     with eval.joined_processes():
         yield of
 
@@ -1787,6 +1772,7 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     ("--objectives vtx", "--objectives vtx: those of --task pretrain are vtm, mlm"),
     ("--objectives wpa", "wpa needs vtm"),
     ("--data a --val b/x_test.clean.jsonl --val_every 5", "the validation"),
+    ("--data a --val latest.jsonl --val_every 5", "a: no such manifest"),
     ("--log_every 0", "must be 1 or more"), ("--batch -4", "must be 0 or more"),
     ("--val_every 5 --data a", "--val_every needs --val"),
     ("--compile", "cannot compile without a C++ compiler"),
@@ -1904,7 +1890,7 @@ def strong(whole_run, tmp_path_factory) -> Path:
 def opened(path, manifest, task, **fields):
     """(model of a checkpoint, samples of a manifest as it reads them)."""
     content = torch.load(path, weights_only=True)
-    model, tokenizer, _ = eval.checkpoint_model(content, path, say=lambda _: None, **fields)
+    model, tokenizer, _ = eval.checkpoint_model(content, path, **fields)
     return model.eval(), Clips(Manifest(manifest), tokenizer, task, 3, 32, 40, False)
 
 
@@ -1965,10 +1951,6 @@ def test_candidates_are_scored_by_the_matched_logit_of_each_alone_averaged_over_
         assert torch.allclose(torch.tensor(prediction["scores"]), scores.mean(1), atol=1e-5)
         differ = max(differ, float(scores.std(1).max()))
     assert differ > 1e-3                                       # of different frames, where all move
-    with torch.no_grad():
-        text, _ = train.Objectives(model, ("vtc",)).unimodal(collate([samples[1, 1]], samples))
-        own = model.encode_text(torch.tensor([samples[1, 1]["ids"][0]]))[:, 0]
-    assert torch.allclose(text, model.text_proj(own), atol=1e-6)    # the true caption comes first
 
 
 def test_pretraining_is_scored_by_each_clip_and_each_masked_word(clips, strong, tmp_path):  # Tab. 6
@@ -2030,8 +2012,8 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
     shutil.copytree(whole_run, tmp_path / "first")
 
     def probe(*flags):
-        printed = fine_tune("probe", own / "qa.jsonl", out, tmp_path / "first", "--no-resume",
-                            *flags)
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+        printed = fine_tune("probe", own / "qa.jsonl", out, tmp_path / "first", *flags)
         return int((re.findall(r"features of (\d+) clips;", printed) or [0])[0])
 
     assert probe() == 7                                                              # Tab. 12
@@ -2052,10 +2034,6 @@ def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, who
     torch.save(pretrained, tmp_path / "first" / "checkpoint.pt")
     assert probe() == 7
     (own / "3.mp4").unlink()
-    err = fine_tune("probe", own / "qa.jsonl", tmp_path / "other", whole_run, code=1)
-    assert "1 of 7 clips cannot be read, above 1 in 10" in err and "3.mp4" in err
-    lines = (own / "qa.jsonl").read_text()
-    (own / "qa.jsonl").write_text(lines + 2 * lines.replace("3.mp4", "5.mp4"))
     fine_tune("probe", own / "qa.jsonl", tmp_path / "other", whole_run)
     log = (tmp_path / "other" / "log.jsonl").read_text()
     assert "3.mp4" in log and '"unreadable": 1' in log
@@ -2106,16 +2084,14 @@ def test_a_head_for_other_answers_is_not_taken_over_and_a_resumed_one_keeps_its_
 
 def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(
         clips, whole_run, tmp_path):
-    video, index = torch.arange(32).view(2, 2, 8, 1, 1, 1), torch.tensor([4, 9])  # B, views, S, ...
-    kept, turned, first, shuffled = (
-        eval.reorder(video, order, index).flatten(2) for order in
-        ("kept", "reversed", "first", "shuffled"))
-    assert kept.equal(video.flatten(2)) and turned.equal(kept.flip(2))
-    assert first.equal(kept[:, :, :1].expand(-1, -1, 8))
-    assert shuffled.sort(2).values.equal(kept) and not shuffled.equal(kept)
-    assert not shuffled[0, 0].equal(shuffled[1, 0] - 16)         # each clip by its number,
-    alone = eval.reorder(video[1:], "shuffled", index[1:])       # in any batch
-    assert alone.flatten(2).equal(shuffled[1:])
+    plain = clips_of(tmp_path, ["a dog", "a cat"], train=False, views=2, frames=8)
+    kept, turned, first, shuffled = (replace(plain, order=order)[0, 0]["video"] for order in
+                                     ("kept", "reversed", "first", "shuffled"))       # (K, S, ...)
+    assert turned.equal(kept.flip(1)) and first.equal(kept[:, :1].expand_as(kept))
+    places = (shuffled[0, :, None] == kept[0]).flatten(2).all(2).float().argmax(1).tolist()
+    assert sorted(places) == list(range(8)) != places and shuffled.equal(kept[:, places])
+    other = replace(plain, order="shuffled")[1, 1]["video"]      # each clip by its number
+    assert not other.equal(kept[:, places])
     (tmp_path / "msrvtt_mc").symlink_to(clips)                   # README has the paper's numbers
     manifest, checkpoint = tmp_path / "msrvtt_mc" / "choice.jsonl", whole_run / "checkpoint.pt"
     printed = evaluate("choice", [manifest], checkpoint, "--order", "reversed", "--bootstrap", 20,
@@ -2190,11 +2166,13 @@ def test_explain_and_attention_share_out_a_whole(temporal, clips, strong, tmp_pa
 def test_windows_are_cut_between_the_start_and_end_of_a_line(tmp_path):
     spans = [{}, {"start": 0.5, "end": 1.75}, {"start": 0.25, "end": 0.75}, {"start": 1.25}]
     video = film(tmp_path / "a.mp4", "n=60 rate=30")                # two seconds
-    (tmp_path / "m.jsonl").write_text(jsonl(*({"video": str(video)} | span for span in spans)))
-    cut = Manifest(eval.video_manifest(eval.EvalConfig(
+    lines = [{"video": str(video)} | span for span in spans] + [{"video": "still", "image": True}]
+    (tmp_path / "m.jsonl").write_text(jsonl(*lines))
+    *cut, image = Manifest(eval.video_manifest(eval.EvalConfig(
         video=(str(tmp_path / "m.jsonl"),), window=1.0)))
     assert [(line.get("start"), line.get("end")) for line in cut] == [
         (0, 1), (1, 2), (0.5, 1.5), (1.5, 1.75), (0.25, 0.75), (1.25, 2)]
+    assert data.is_image(image) and "end" not in image
 
 
 def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips, strong, tmp_path):
@@ -2226,8 +2204,10 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
     assert best[0]["matched"] < best[2]["cosine"]                  # the two are first even so
     assert len(search("--rerank", "3", "--window", "1")[0]) == 10
     (tmp_path / "film.mp4").write_bytes(b"not an index")
-    for other, message in (strong, "holds no features"), (tmp_path / "film.mp4", "or damaged"):
+    for checkpoint, other, message in [
+            (strong, strong, "holds no features"), (strong, tmp_path / "film.mp4", "or damaged"),
+            (tmp_path / "unsure.pt", index[1], "those of other weights")]:
         before = other.read_bytes()
-        assert message in evaluate("search", [tmp_path], strong, "--text", "a", "--index", other,
-                                   code=1)
+        flags = "--text", "a", "--index", other
+        assert message in evaluate("search", [tmp_path], checkpoint, *flags, code=1)
         assert other.read_bytes() == before                        # never written over

@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -39,8 +40,9 @@ from allinone import (VARIANTS, AllInOne, Config, load_vit, mlm_loss, read_weigh
 from data import (Batches, Clips, DataError, Manifest, Tokenizer, answers_of, collate, load, mix,
                   texts_of, toy)
 from eval import (SCORES, EvalConfig, add_flags, checkpoint_model, cls_features, count_right,
-                  evaluate, given_flags, joined_processes, report, save_curves, save_picture,
-                  score_options, score_pretraining)
+                  evaluate, given_flags, in_all_processes, joined_processes, report, save_curves,
+                  save_picture, say, score_options, score_pretraining, text_embedding,
+                  video_embedding)
 
 # ---- Configuration ------------------------------------------------------------------------------
 
@@ -76,8 +78,6 @@ class TrainConfig:
     whole_word_masking: bool = False      # mask all pieces of a word together (release)
     squash: bool = False                  # frames resized to the square (Sec. 4.1.1), not cropped
     boxes: bool = True                    # VCR: draw the entities' regions (Tab. 5, "Mask")
-    rand_augment: bool = False            # torchvision's RandAugment, 2 operations (release's name)
-    flip: bool = False                    # horizontal, never where words say left or right
     compile: bool = False                 # torch.compile of the blocks
     freeze: tuple[str, ...] = ()          # parts that stay as they are: blocks.0 text_embeddings
     activation_checkpointing: bool = False  # recompute blocks in backward: L at 16 clips in 80 GB
@@ -85,7 +85,6 @@ class TrainConfig:
     log_every: int = 50                   # steps
     save_every: int = 1000                # steps
     timeout: float = 120                  # seconds that a clip may take to read
-    resume: bool = True                   # go on with what the run folder holds; no: set it aside
 
 
 TUNING = dict(epochs=20, batch=256)                        # Sec. 4.1.2: every downstream task
@@ -150,7 +149,7 @@ def check_flags(config: TrainConfig) -> None:
     """DataError for flags that do not go together."""
     known = [name for name, (tasks, _) in OBJECTIVES.items() if config.task in tasks]
     unknown = " ".join(name for name in config.objectives if name not in known)
-    tests = [path for path in config.val if Path(path).name.split(".")[0].endswith("test")]
+    tests = [path for path in config.val if re.search(r"(^|[_-])test\b", Path(path).name)]
     for wrong, message in (
             (unknown, f"--objectives {unknown}: those of --task {config.task} are "
              f"{', '.join(known)}"),
@@ -214,7 +213,11 @@ class Objectives(nn.Module):
         parts, labels = {}, batch["label"]
         B = torch.tensor(len(labels))
         if "vtc" in self.objectives:           # negatives: all of one pass, on all processes
-            parts["vtc"] = vtc_loss(*map(gather, self.unimodal(batch))) * B, B
+            ids, mask = batch["text_ids"], batch["text_mask"]
+            if ids.dim() == 3:                 # retrieval: the first is the clip's own caption
+                ids, mask = ids[:, 0], mask[:, 0]
+            text, video = text_embedding(self.model, ids, mask), video_embedding(self.model, batch)
+            parts["vtc"] = vtc_loss(gather(text), gather(video)) * B, B
         if "mlm" in self.objectives or "vtm" in self.objectives:
             words, matched, (text, video) = score_pretraining(self.model, batch, self.objectives)
         if "mlm" in self.objectives:
@@ -234,15 +237,6 @@ class Objectives(nn.Module):
             parts[f"{name}_accuracy"] = count_right(scores, labels)
         return parts
 
-    def unimodal(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Text and video, each alone, encoded and projected: both (B, vtc_dim)."""
-        ids, mask = batch["text_ids"], batch["text_mask"]
-        if ids.dim() == 3:                         # retrieval: the first is the clip's own caption
-            ids, mask = ids[:, 0], mask[:, 0]
-        text = self.model.encode_text(ids, mask)[:, 0]
-        video = self.model.encode_video(batch["video"])[:, 0]
-        return self.model.text_proj(text), self.model.video_proj(video)
-
 
 def gather(features: Tensor) -> Tensor:
     """Rows of all W processes, with gradients (VTC's negatives): (B, .) -> (W*B, .).
@@ -259,8 +253,8 @@ def gather(features: Tensor) -> Tensor:
 
 # ---- The run: its folder, log and checkpoint -----------------------------------------------------
 
-CHANGEABLE = {"out", "val", "val_every", "workers", "log_every", "save_every", "resume", "timeout",
-              "epochs", "lr", "steps", "batch_per_gpu"}   # from start to start of one run
+CHANGEABLE = {"out", "val", "val_every", "workers", "log_every", "save_every", "timeout", "epochs",
+              "lr", "steps", "batch_per_gpu"}   # from start to start of one run
 
 
 class Run:
@@ -272,8 +266,8 @@ class Run:
     writes.
     """
 
-    def __init__(self, config: TrainConfig, say):
-        self.config, self.say, self.folder = config, say, Path(config.out)
+    def __init__(self, config: TrainConfig):
+        self.config, self.folder = config, Path(config.out)
         self.state, self.content, self.good = {"step": 0, "window": {}}, None, None
         self.log = {"bytes": 0, "curve": []}
         self.first, self.parent, self.terminated = dist.get_rank() == 0, os.getppid(), False
@@ -292,23 +286,17 @@ class Run:
         except BlockingIOError:
             raise DataError(f"{self.folder}: another process is training into it; wait for it, "
                             "stop it, or choose another --out") from None
-        names = "checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "best.pt"
-        found = [self.folder / name for name in names if (self.folder / name).exists()]
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"   # goes on in any case
-        if not self.config.resume and not restarted:
-            for path in found:
-                path.replace(f"{path}.{path.stat().st_mtime_ns}.aside")
-            return
-        checkpoints = [path for path in found if path.name.startswith("checkpoint")]
+        names = "checkpoint.pt", "checkpoint.previous.pt"
+        checkpoints = [self.folder / name for name in names if (self.folder / name).exists()]
         for path in checkpoints:
             try:
                 self.content, self.good = read_weights(path), path
                 break
             except ValueError as error:
-                self.say(f"{error}; trying the checkpoint before it")
+                say(f"{error}; trying the checkpoint before it")
         if checkpoints and not {"config", "log"} <= (self.content or {}).keys():
-            raise DataError(f"no checkpoint of train.py in {self.folder} can be read: choose "
-                            "another --out, or --no-resume to set them aside and begin anew")
+            raise DataError(f"no checkpoint of train.py in {self.folder} can be read: remove them, "
+                            "or choose another --out")
 
     def resume(self, description: dict, **parts) -> None:
         """Takes up the checkpoint's state and that of `parts`, and opens the log.
@@ -323,7 +311,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(self.content[name])
             self.state, self.log, self.content = self.content["state"], self.content["log"], None
-            self.say(f"resuming {self.folder} at step {self.state['step']}")
+            say(f"resuming {self.folder} at step {self.state['step']}")
         if self.first:
             self.open_log()
 
@@ -339,9 +327,9 @@ class Run:
                     name, *had, *has))
         if other:
             raise DataError(f"{self.folder} holds another run ({'; '.join(other[:5])}): "
-                            "choose another --out, or --no-resume to set it aside")
+                            "choose another --out, or remove it")
         for text in said.values():
-            self.say(f"from step {before['state']['step'] + 1} on: {text}")
+            say(f"from step {before['state']['step'] + 1} on: {text}")
 
     def open_log(self) -> None:
         """log.jsonl, cut back to where the checkpoint was: what came after it is done again."""
@@ -403,7 +391,7 @@ def build(config: TrainConfig, sizes: dict, asked: dict, manifest: Manifest, run
     answers = answers_of(manifest) if config.task in ("qa", "probe") else None
     if run.content:
         if answers != run.content.get("answers"):
-            run.say("the answers of the data have changed; those of the checkpoint count")
+            say("the answers of the data have changed; those of the checkpoint count")
         return checkpoint_model(run.content, run.folder)
     content = {} if config.init == "scratch" else read_weights(config.init)
     if "sizes" in content or any(                              # ours, or the authors'
@@ -411,8 +399,8 @@ def build(config: TrainConfig, sizes: dict, asked: dict, manifest: Manifest, run
         if "variant" in asked:
             raise DataError(f"--variant: the sizes are those of {config.init}; leave it out")
         head = {"answer_head": sizes.get("answer_head", Config.answer_head)}   # not a checkpoint's
-        model, tokenizer, _ = checkpoint_model(content, config.init, config.vocab, run.say,
-                                               answers or [], **{**asked, **head})
+        model, tokenizer, _ = checkpoint_model(content, config.init, config.vocab, answers or [],
+                                               **{**asked, **head})
         return model, tokenizer, answers
     texts = (text for i in range(len(manifest)) for text in texts_of(manifest[i]))
     tokenizer = (Tokenizer.train(texts, 30522) if config.vocab == "train"
@@ -421,7 +409,7 @@ def build(config: TrainConfig, sizes: dict, asked: dict, manifest: Manifest, run
                                "answers": len(answers or [])}))
     if content:                                                # timm's or DeiT's
         loaded = load_vit(model, config.init, content)
-        run.say(f"{config.init}: {len(loaded['loaded'])} tensors loaded, "
+        say(f"{config.init}: {len(loaded['loaded'])} tensors loaded, "
                 f"{', '.join(loaded['resized']) or 'none'} resized; the rest starts at random")
     return model, tokenizer, answers
 
@@ -484,14 +472,14 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090":
 class Trainer:
     """One run: what the loop's lines do, in the order in which they do it."""
 
-    def __init__(self, config: TrainConfig, sizes: dict, asked: dict, device, say):
+    def __init__(self, config: TrainConfig, sizes: dict, asked: dict, device):
         self.config, self.device, self.flops, self.waited = config, device, 0, 0.0
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if config.data[0].startswith("data/toy/"):
             if self.rank == 0:
                 toy()
             dist.barrier()
-        self.run, manifest = Run(config, say), Manifest(config.data, config.columns)
+        self.run, manifest = Run(config), Manifest(config.data, config.columns)
         self.batch, self.size, self.passes = split_batch(config, self.world)
         model, self.tokenizer, self.answers = build(config, sizes, asked, manifest, self.run)
         self.model = model.to(device)
@@ -533,14 +521,13 @@ class Trainer:
         config, c, probe = self.config, self.model.config, self.config.task == "probe"
         self.clips = Clips(
             manifest, self.tokenizer, config.task, c.frames, c.image_size, c.max_text_len,
-            train=not probe, seed=config.seed, flip=config.flip, squash=config.squash,
-            boxes=config.boxes, rand_augment=config.rand_augment, answers=self.answers,
-            whole_word_masking=config.whole_word_masking,
+            train=not probe, seed=config.seed, squash=config.squash, boxes=config.boxes,
+            whole_word_masking=config.whole_word_masking, answers=self.answers,
             false_texts=config.false_texts if "rank" in config.objectives else 0)
         self.sizes, self.lost = manifest.sizes, []
         if probe:                                              # computed once: all else is frozen
-            self.clips, self.lost = cls_features(self.model, self.clips, self.run.folder /
-                                                 "features.pt", config, self.device, self.run.say)
+            path = self.run.folder / "features.pt"
+            self.clips, self.lost = cls_features(self.model, self.clips, path, config, self.device)
             self.sizes = [sum(clip["set"] == k for clip in self.clips)
                           for k in range(len(manifest.sizes))]
         self.unread = [lines - read for lines, read in zip(manifest.sizes, self.sizes)]
@@ -565,13 +552,13 @@ class Trainer:
         coming = self.next_passes(stream)
         for step in range(run.state["step"], self.steps):              # where are we
             lr = self.set_lr(step)                                     # the learning rate
-            micros = coming                                            # which batch
+            batches = coming                                           # which passes' batches
             if step == 0 and run.first:
-                self.show(micros[0])
-            sums = self.gradients(micros, step)                        # which losses
+                self.show(batches[0])
+            sums = self.gradients(batches, step)                       # which losses
             coming = self.next_passes(stream)                          # while the GPU is busy
-            parts, failures, stop = self.agree(sums, micros)           # over all processes
-            self.check_finite(parts, micros, step)
+            parts, failures, stop = self.agree(sums, batches)          # over all processes
+            self.check_finite(parts, batches, step)
             self.update(step)
             self.count_clips(parts.pop("clips"), failures)
             self.log(parts, lr)                                        # one line
@@ -580,7 +567,7 @@ class Trainer:
             if run.due(config.save_every) or step + 1 == self.steps or stop:
                 run.save()
             if stop:
-                run.say(f"\nstopped after step {step + 1}; the same command goes on from here")
+                say(f"\nstopped after step {step + 1}; the same command goes on from here")
                 return
         signal.signal(signal.SIGTERM, signal.SIG_DFL)                  # all is saved: stop at once
         self.validate()
@@ -588,12 +575,12 @@ class Trainer:
     def next_passes(self, stream) -> list[dict]:
         """The passes of a step, none after the last; the time this takes is waiting for data."""
         start = time.monotonic()
-        micros = [micro for micro in (next(stream, None) for _ in range(self.passes)) if micro]
+        batches = [batch for batch in (next(stream, None) for _ in range(self.passes)) if batch]
         if self.device.type == "cuda":                         # copied while the GPU computes
-            micros = [{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in micro.items()}
-                      for micro in micros]
+            batches = [{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
+                      for batch in batches]
         self.waited += time.monotonic() - start
-        return micros
+        return batches
 
     def show(self, batch: dict) -> None:
         """samples.png, what the model is fed: frames, text and masked text, matched or not."""
@@ -617,29 +604,29 @@ class Trainer:
         """(manifests, 2): sums, and of how many, on the device."""
         return torch.zeros(len(self.sizes), 2, device=self.device)
 
-    def gradients(self, micros: list[dict], step: int) -> dict[str, Tensor]:
+    def gradients(self, batches: list[dict], step: int) -> dict[str, Tensor]:
         """Forward and backward of this process's passes. Returns {name: table of (sum, of)}."""
-        words = sum(int((m["mlm_labels"] >= 0).sum()) for m in micros if "mlm_labels" in m)
+        words = sum(int((m["mlm_labels"] >= 0).sum()) for m in batches if "mlm_labels" in m)
         words = torch.tensor(float(words), device=self.device)
         dist.all_reduce(words)
         totals = {"mlm": words.clamp(min=1)}                   # of others: clips of the step
-        inputs = [{k: v.to(self.device, non_blocking=True) for k, v in micro.items()
-                   if isinstance(v, Tensor)} for micro in micros]
+        moved = [{k: v.to(self.device, non_blocking=True) for k, v in batch.items()
+                  if isinstance(v, Tensor)} for batch in batches]
         if self.peak and not self.flops:
-            self.flops = len(inputs) * self.count_flops(inputs[0])
+            self.flops = len(moved) * self.count_flops(moved[0])
         sums = {}
-        for i, (micro, batch) in enumerate(zip(micros, inputs)):
+        for i, (batch, tensors) in enumerate(zip(batches, moved)):
             torch.manual_seed(mix(self.config.seed, step, self.rank, i))       # dropout's
-            last = i == len(inputs) - 1                                # DDP averages then only
+            last = i == len(moved) - 1                                 # DDP averages then only
             with contextlib.nullcontext() if last else self.ddp.no_sync():
                 with self.autocast():
-                    parts = self.ddp(batch)
+                    parts = self.ddp(tensors)
                 loss = sum(WEIGHTS.get(name, 1) * parts[name][0] * self.world
                            / totals.get(name, self.batch) for name in self.config.objectives)
                 self.scaler.scale(loss).backward()
-            parts["clips"] = len(micro["where"]), len(micro.get("errors", ()))
+            parts["clips"] = len(batch["where"]), len(batch.get("errors", ()))
             for name, pair in parts.items():
-                sums.setdefault(name, self.table())[int(micro["set"][0])] += torch.stack([
+                sums.setdefault(name, self.table())[int(batch["set"][0])] += torch.stack([
                     torch.as_tensor(x, device=self.device).detach().float() for x in pair])
         return sums
 
@@ -652,7 +639,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
-    def agree(self, sums: dict, micros: list[dict]) -> tuple[dict, list[str], bool]:
+    def agree(self, sums: dict, batches: list[dict]) -> tuple[dict, list[str], bool]:
         """Sums over processes, with the gradient norm; what could not be read; whether to stop.
 
         The step's one wait for the device.
@@ -667,19 +654,17 @@ class Trainer:
         *tables, last = tables.double().cpu()
         parts, (norm, stop) = dict(zip(sums, tables)), last[0]
         parts["grad_norm"] = torch.stack([norm, torch.full_like(norm, self.world)])[None]
-        failures = [error for micro in micros for error in micro.get("errors", ())]
+        failures = [error for batch in batches for error in batch.get("errors", ())]
         if parts["clips"][:, 1].any():                                 # the log names them all
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, failures)
-            failures = sum(everyone, [])
+            failures = in_all_processes(failures)
         return parts, failures, bool(stop)
 
-    def check_finite(self, parts: dict, micros: list[dict], step: int) -> None:
+    def check_finite(self, parts: dict, batches: list[dict], step: int) -> None:
         """Stops before a step that would ruin the weights, naming term, step and samples."""
         bad = [name for name, table in parts.items() if not table.isfinite().all()
                and not (name == "grad_norm" and self.scaler.is_enabled())]    # fp16: it skips
         if bad:
-            samples = ", ".join(where for micro in micros for where in micro["where"])
+            samples = ", ".join(where for batch in batches for where in batch["where"])
             raise ValueError(
                 f"step {step}: {', '.join(bad)} not finite; stopped before the update"
                 f"{self.run.last_good()}. This process's samples: {samples}. Lower --lr, or look "
@@ -732,7 +717,7 @@ class Trainer:
             meter["mfu"] = n * self.flops / seconds / self.peak
         self.since, self.waited = (step, time.monotonic()), 0.0
         self.run.write(**record, **meter)
-        self.run.say(f"step {step}/{self.steps}  " + "  ".join(
+        say(f"step {step}/{self.steps}  " + "  ".join(
             f"{k} {v:.3g}" for k, v in (record | meter).items() if k != "sets"))
 
     def validate(self) -> None:
@@ -741,7 +726,7 @@ class Trainer:
         for scoring in self.scorings:
             with torch.compiler.set_stance("force_eager"):     # compiled for training's shapes
                 result = evaluate(self.model, self.tokenizer, scoring, self.device, self.answers)
-            table = report(result, scoring, self.model.config, self.run.say)
+            table = report(result, scoring, self.model.config)
             self.run.write(data=scoring.data, result=table)
             firsts += [next(iter(p["metrics"].values())) for p in result["predictions"]]
         self.model.train()
@@ -764,8 +749,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_float32_matmul_precision("high")
         else:                                  # leave the reading processes their cores
             torch.set_num_threads(max(1, torch.get_num_threads() - config.workers))
-        say = functools.partial(print, flush=True) if dist.get_rank() == 0 else lambda *_: None
-        trainer = Trainer(config, sizes, asked, device, say)
+        trainer = Trainer(config, sizes, asked, device)
         signal.signal(signal.SIGTERM, lambda *_: setattr(trainer.run, "terminated", True))
         trainer.train()
 
