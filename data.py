@@ -844,7 +844,8 @@ def collate(items, clips, group=None):
     (M,), M padded to a multiple of 32 by where 0, label -100; "vtm_source", "vtm_labels" (B,) drawn
     within consecutive groups of `group` clips (default: all), by (seed, the group's first draw)."""
     errors = [error for item in items for error in item["errors"]]
-    items = [item for item in items if "video" in item]
+    kept = [k for k, item in enumerate(items) if "video" in item]
+    items = [items[k] for k in kept]
     batch = {name: [item[name] for item in items] for name in ("index", "where", "kind")}
     batch |= {"index": torch.tensor(batch["index"], dtype=torch.int64), "errors": errors}
     if not items:
@@ -872,12 +873,12 @@ def collate(items, clips, group=None):
     masked, positions, labels = zip(*[item["mlm"] for item in items])
     where = [row * m + position for row, places in enumerate(positions) for position in places]
     extra, source, matches = -len(where) % 32 if where else 32, [], []
-    for begin in range(0, len(items), group or len(items)):
-        near = items[begin:begin + (group or len(items))]
+    for _, near in itertools.groupby(range(len(items)), lambda b: kept[b] // (group or 10 ** 9)):
+        near = list(near)
         chosen, match = vtm_pairs(
-            [item["caption"] for item in near], [item["clip"] for item in near],
-            torch.Generator().manual_seed(mix(clips.seed, near[0]["draw"], 1)))
-        source += [begin + i for i in chosen]
+            [items[b]["caption"] for b in near], [items[b]["clip"] for b in near],
+            torch.Generator().manual_seed(mix(clips.seed, items[near[0]]["draw"], 1)))
+        source += [near[i] for i in chosen]
         matches += match
     return batch | {"mlm_ids": pad(masked, m, padding),
                     "mlm_where": torch.tensor(where + [0] * extra),

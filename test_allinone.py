@@ -887,6 +887,10 @@ def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
     assert torch.equal(alone[0]["vtm_source"] // 4, torch.arange(16) // 4)   # within groups of four
     for other in (clips[0, 1], replace(clips, seed=1)[0, 0]):
         assert not torch.equal(clips[0, 0]["video"], other["video"])
+    items = [clips[i, i] for i in range(12)]
+    whole = merge(items)["vtm_source"]
+    del items[1]["video"]                        # an unreadable clip leaves the other groups alone
+    assert torch.equal(merge(items)["vtm_source"][3:] + 1, whole[4:])
 
 
 def test_a_pretraining_batch_is_padded_to_stable_shapes(tmp_path):
