@@ -122,7 +122,7 @@ WEIGHTS = {"wpa": 0.1}                    # release; every other term counts onc
 
 
 def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
-    """(how to train, fields of a new model's Config, those of them asked for and the variant)."""
+    """(how to train, a new model's Config fields, those asked for: laid over an --init's own)."""
     parser = argparse.ArgumentParser(
         description="Pre-train or fine-tune All-in-one. Without --data: the proof run.",
         usage="python train.py --task TASK [--FLAG VALUE ...]", allow_abbrev=False)
@@ -171,10 +171,8 @@ def check_flags(config: TrainConfig) -> None:
 
 def split_batch(config: TrainConfig, world: int) -> tuple[int, int, int]:
     """(clips a step, clips a pass, passes a step): batch = world * pass * accumulate.
-
     A pass is as large as fits, of whole groups of 8 clips if that can be: VTM draws its pairs
-    within 8. DataError where VTM would be left with one.
-    """
+    within 8. DataError where VTM would be left with one."""
     batch = config.batch or config.batch_per_gpu * world
     if batch % world:
         raise DataError(f"--batch {batch} does not divide among {world} processes: use a multiple")
@@ -189,9 +187,7 @@ def split_batch(config: TrainConfig, world: int) -> tuple[int, int, int]:
 
 def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
     """Sec. 4.1.2: linear warm-up over `warmup` (a share, or steps if above 1), then linear to 0.
-
-    step counts from 0; `steps` itself would get 0.
-    """
+    step counts from 0; `steps` itself would get 0."""
     rise = max(1, round(warmup * steps if warmup <= 1 else warmup))
     return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
@@ -200,10 +196,8 @@ def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
 
 class Objectives(nn.Module):
     """The losses of a task on one pass, one forward call for DDP's sake.
-
     batch -> {objective: (sum of its losses, how many)} and {"NAME_accuracy": (right, of)}, of
-    tensors; who sums over passes and processes divides.
-    """
+    tensors; who sums over passes and processes divides."""
 
     def __init__(self, model: AllInOne, objectives: tuple[str, ...]):
         super().__init__()
@@ -240,9 +234,7 @@ class Objectives(nn.Module):
 
 def gather(features: Tensor) -> Tensor:
     """Rows of all W processes, with gradients (VTC's negatives): (B, .) -> (W*B, .).
-
-    Each computes the whole loss; its own rows' gradient counts W times, for DDP divides by W.
-    """
+    Each computes the whole loss; its own rows' gradient counts W times, for DDP divides by W."""
     rows = [torch.empty_like(features) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, features.detach().contiguous())
     rows[dist.get_rank()] = own = features.view_as(features)
@@ -259,12 +251,10 @@ CHANGEABLE = {"out", "val", "val_every", "workers", "log_every", "save_every", "
 
 class Run:
     """A run folder: lock, log.jsonl, checkpoint.pt and the one before it, checkpoint.previous.pt.
-
     state: what a checkpoint holds beside weights: {"step", "sets": (manifests, 2) clips read and
     unreadable, "window": {name: sums since the last line of the log}, "best"}. log: its length, and
     its losses. good: the checkpoint to go on from, None before there is one. Only the first process
-    writes.
-    """
+    writes."""
 
     def __init__(self, config: TrainConfig):
         self.config, self.folder = config, Path(config.out)
@@ -300,10 +290,8 @@ class Run:
 
     def resume(self, description: dict, **parts) -> None:
         """Takes up the checkpoint's state and that of `parts`, and opens the log.
-
         description: what a checkpoint tells of its run; DataError, naming what differs, if the
-        folder holds another run.
-        """
+        folder holds another run."""
         self.description, self.parts = json.loads(json.dumps(description)), parts  # no tuples
         self.state["sets"] = torch.zeros(len(description["data"]), 2, dtype=torch.float64)
         if self.content:
@@ -384,9 +372,7 @@ class Run:
 
 def build(config: TrainConfig, sizes: dict, asked: dict, manifest: Manifest, run: Run):
     """(model, tokenizer, answers): of the run's own checkpoint, else by --init.
-
-    sizes: Config's fields for a new model; asked: those asked for, laid over a checkpoint's.
-    """
+    sizes: Config's fields for a new model; asked: those asked for, laid over a checkpoint's."""
     torch.manual_seed(config.seed)
     answers = answers_of(manifest) if config.task in ("qa", "probe") else None
     if run.content:
@@ -641,9 +627,7 @@ class Trainer:
 
     def agree(self, sums: dict, batches: list[dict]) -> tuple[dict, list[str], bool]:
         """Sums over processes, with the gradient norm; what could not be read; whether to stop.
-
-        The step's one wait for the device.
-        """
+        The step's one wait for the device."""
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()
                                         if p.grad is not None])
