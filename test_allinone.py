@@ -738,6 +738,7 @@ def test_five_million_lines_are_indexed_once_and_cost_neither_time_nor_memory(tm
     assert len(both) == 2 * lines + 2 and both[lines + 1]["where"] == f"{path}:1"
     assert both[2 * lines + 1] == {"video": str(tmp_path / "last.mp4"),
                                    "where": f"{path}:{lines + 1}"}
+    assert both.after(lines, 2) == 1 and both.after(2 * lines + 1, 1) == lines + 1   # round its own
 
 
 def test_a_bad_line_is_named_by_file_and_line(tmp_path):
@@ -870,7 +871,9 @@ def clips_of(folder, lines, task="pretrain", **options):
 
 
 def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
-    clips = clips_of(tmp_path, WORDS * 8)
+    for i in range(24):
+        (tmp_path / f"{i}.mp4").symlink_to(tmp_path / "a.mp4")
+    clips = clips_of(tmp_path, [{"video": f"{i}.mp4", "text": WORDS[i % 3]} for i in range(24)])
     merge = partial(collate, clips=clips, group=4)
 
     def batches(workers=0, rank=0, world=1):
@@ -884,7 +887,9 @@ def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
     for name, offset in (("vtm_source", 8), ("vtm_labels", 0)):      # as on two processes
         both = torch.cat([halves[0][0][name], halves[1][0][name] + offset])
         assert torch.equal(alone[0][name], both)
-    assert torch.equal(alone[0]["vtm_source"] // 4, torch.arange(16) // 4)   # within groups of four
+    source = alone[0]["vtm_source"]
+    assert torch.equal(source // 4, torch.arange(16) // 4)                   # within groups of four
+    assert not torch.equal(source, torch.arange(16))
     for other in (clips[0, 1], replace(clips, seed=1)[0, 0]):
         assert not torch.equal(clips[0, 0]["video"], other["video"])
     items = [clips[i, i] for i in range(12)]
@@ -2197,6 +2202,9 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
     shutil.copy(clips / "9.mp4", tmp_path / "2.mp4")               # other bytes, the same name
     changed = search(*index)
     assert changed[1] == ["1"] and changed[0] == search()[0] != fresh[0]
+    for shown in zip(*[iter(search("--rerank", "4")[0])] * 4):     # all four of each text
+        matched, cosines = ([one[name] for one in shown] for name in ("matched", "cosine"))
+        assert matched == sorted(matched, reverse=True) and cosines != sorted(cosines, reverse=True)
     by_cosine, content = changed[0][:4], torch.load(strong, weights_only=True)
     for bias in (0, 6):                                            # VTM is sure that none fits
         content["model"]["vtm_head.bias"] += torch.tensor([bias, -bias])
@@ -2208,10 +2216,11 @@ def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips
     assert best[0]["matched"] < best[2]["cosine"]                  # the two are first even so
     assert len(search("--rerank", "3", "--window", "1")[0]) == 10
     (tmp_path / "film.mp4").write_bytes(b"not an index")
-    for checkpoint, other, message in [
-            (strong, strong, "holds no features"), (strong, tmp_path / "film.mp4", "or damaged"),
-            (tmp_path / "unsure.pt", index[1], "those of other weights")]:
-        before = other.read_bytes()
-        flags = "--text", "a", "--index", other
+    for checkpoint, other, order, message in [
+            (strong, strong, "kept", "holds no features"),
+            (strong, tmp_path / "film.mp4", "kept", "or damaged"),
+            (tmp_path / "unsure.pt", index[1], "kept", "those of other weights"),
+            (strong, index[1], "first", "or flags")]:
+        before, flags = other.read_bytes(), ("--text", "a", "--index", other, "--order", order)
         assert message in evaluate("search", [tmp_path], checkpoint, *flags, code=1)
         assert other.read_bytes() == before                        # never written over
