@@ -301,8 +301,11 @@ class Scorer:
         sizes = replace(model.config, answers=0, answer_head="paper")
         key = str([weights, encode.__name__, sizes, clips.squash, clips.boxes, clips.order])
         if path and path.exists():
-            with contextlib.suppress(*[ValueError] * is_cache):
+            try:
                 content = read_weights(path)
+            except ValueError:
+                if not is_cache:
+                    raise
             if content.get("key") != key and not is_cache:
                 raise ValueError(f"{path}: holds no features, or those of other weights or flags; "
                                  "name another file, or remove it")
