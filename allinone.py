@@ -112,7 +112,7 @@ class AllInOne(nn.Module):
 
     video: (B, S, 3, H, W), uint8 RGB, normalised here, or floats already normalised. S = 1 is an
         image; S is at most config.frames if there are temporal positions. Else: ValueError.
-    text_ids: (B, m) int64, [CLS] first. text_mask: (B, m) bool, False at padding; None: no padding.
+    text_ids: (B, m) int64, [CLS] first. text_mask: (B, m), False or 0 at padding; None: no padding.
     """
 
     def __init__(self, config: Config):
@@ -211,7 +211,8 @@ class AllInOne(nn.Module):
         z = torch.cat([text[:, None].expand(-1, S, -1, -1), video], 2)      # z^0 = [t-hat; v-hat]
         z = z.flatten(0, 1)                                        # (B*S, m+1+n, D)
         if text_mask is not None:                                  # every video token is visible
-            mask = F.pad(text_mask.repeat_interleave(S, 0), (0, count), value=True)[:, None, None]
+            mask = text_mask.bool().repeat_interleave(S, 0)        # (B*S, m)
+            mask = F.pad(mask, (0, count), value=True)[:, None, None]
         rolls = S > 1 and (m > 0 or c.roll_unimodal)
         # DeiT's second token stays like cls; the release rolls it with the patches
         first = m + (1 if c.roll == "release" else self.specials)

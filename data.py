@@ -91,7 +91,8 @@ class Manifest:
         self.ends = list(itertools.accumulate(self.sizes))
         for name, size in zip(self.names or ["no manifest"], self.sizes or [0]):
             if not size:
-                raise DataError(f"{name}: no samples; expected a JSON object a line")
+                raise DataError(f"{name}: no samples; expected a JSON object a line or, of "
+                                "a folder, clips with a .txt or .json of their name beside them")
 
     def __len__(self):
         return self.ends[-1]
@@ -122,7 +123,7 @@ class Manifest:
         where = f"{self.names[which]}:{line + 1}"
         try:
             sample = {"where": where} | checked(json.loads(text), where)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             shown = text[:60].decode(errors="replace").strip()
             raise DataError(f"{where}: not JSON ({error}): {shown!r}; expected an object such as "
                             '{"video": "a.mp4", "text": "a dog runs"}') from None
@@ -148,7 +149,7 @@ def checked(sample, where):
 
 def need(sample, field):
     """The field of a sample; DataError that names the key which was probably meant for it."""
-    if sample.get(field):
+    if sample.get(field) not in (None, "", []):
         return sample[field]
     keys = [key for key in sample if key not in (*FIELDS, "where")]
     meant = [key for key in keys if key.lower() in ALSO_CALLED.get(field, ())]
@@ -447,8 +448,10 @@ def open_video(path):
 def duration(path):
     """Seconds that a clip lasts, by its header; 0 where it says nothing or cannot be read."""
     try:
-        with open_video(path)[0] as container:
-            return (container.duration or 0) / av.time_base
+        container, stream = open_video(path)
+        with container:                             # its sound may last longer than its picture
+            return float(stream.duration * stream.time_base if stream.duration
+                         else (container.duration or 0) / av.time_base)
     except (av.FFmpegError, Unreadable):
         return 0.0
 
@@ -721,12 +724,18 @@ def answers_of(manifest):
     """The classes of open-ended QA (Sec. 4.2.1) and probes: answers.json beside the first training
     manifest, as `convert` writes it, else every answer of the manifests, the commonest first."""
     listed = Path(manifest.names[0]).parent / "answers.json"
+    every = (str(sample["answer"]) for sample in manifest if "answer" in sample)
     if listed.is_file():
-        return json.loads(listed.read_text(encoding="utf-8"))
-    count = collections.Counter(sample.get("answer") for sample in manifest)
-    answers = [answer for answer, _ in count.most_common() if isinstance(answer, str)]
+        try:
+            answers = {str(answer): 1 for answer in json.loads(listed.read_text("utf-8"))}
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{listed}: not a JSON list of answers ({error})") from None
+        if not any(answer in answers for answer in every):
+            raise DataError(f"{listed}: holds no answer of {manifest.names[0]}; is it another's?")
+        return list(answers)
+    answers = [answer for answer, _ in collections.Counter(every).most_common()]
     if not answers:
-        raise DataError(f'{manifest.names[0]}: no line has words as its "answer"; expected '
+        raise DataError(f'{manifest.names[0]}: no line has an "answer"; expected '
                         '{"video": ..., "answer": "a word"}, for open-ended QA a "question" too')
     return answers
 
@@ -814,7 +823,11 @@ class Clips:
             return {"ids": [self.encode(option, question) for option in need(sample, "options")],
                     "label": right_option(sample)}
         text = need(sample, "question") if self.task == "qa" else ""
-        return {"ids": [self.encode(text)], "label": self.labels.get(sample.get("answer"), -1)}
+        return {"ids": [self.encode(text)], "label": self.class_of(sample)}
+
+    def class_of(self, sample):
+        """The number of a sample's answer among the classes, -1 if it is none of them."""
+        return self.labels.get(str(need(sample, "answer")), -1)
 
     def captions(self, sample):
         """The captions of a sample to read on this visit: one in training, in evaluation all or,
@@ -984,7 +997,8 @@ def load(clips, passes, merge, workers, timeout=120):
 
     def visit(key):
         errors, (index, draw) = [], key
-        for at in (clips.manifest.after(index, step) for step in range(MAX_SKIPS)):
+        tries = min(MAX_SKIPS, clips.manifest.sizes[clips.manifest.locate(index)[0]])
+        for at in (clips.manifest.after(index, step) for step in range(tries)):
             try:
                 if at in refused:
                     raise refused[at]
@@ -995,7 +1009,7 @@ def load(clips, passes, merge, workers, timeout=120):
             errors += item["errors"]
             if "video" in item or not clips.train:
                 return {**item, "errors": errors}
-        raise DataError(f"{MAX_SKIPS} clips in a row cannot be read, the first: {errors[0]}")
+        raise DataError(f"{tries} clips in a row cannot be read, the first: {errors[0]}")
 
     passes, sizes = itertools.tee(passes)
     keys = itertools.chain.from_iterable(passes)
@@ -1148,7 +1162,9 @@ def examine(task):
     (sample, frames, size), counted, began = task, [], time.process_time()
     if "options" in sample:
         right_option(sample)
-    elif not texts_of(sample) and "answer" not in sample:
+    elif "question" in sample or "answer" in sample:
+        need(sample, "answer")
+    elif not texts_of(sample):
         need(sample, "text")
     decode(sample["video"], lambda n: counted.append(n) or sample_frames(n, frames, False),
            int(1.2 * size), *map(sample.get, ("start", "end", "fps")))
@@ -1156,15 +1172,15 @@ def examine(task):
 
 
 def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224, vocab=None,
-          max_text_len=40, gpu=400):
+          max_text_len=40, gpu=400, columns=()):
     """The data doctor: decodes every sample's frames; writes the usable lines to NAME.clean.jsonl.
     Prints and returns {fault: [file:line and detail]}. Left out of the clean manifest: bad lines,
     clips that are missing, unreadable, kill their reader or take longer than `timeout` seconds,
     empty texts. Only told: clips of fewer than `frames` frames, texts of more than max_text_len
     tokens of `vocab` (without one, words), captions that other clips have too.
     gpu: clips/s that a GPU trains on, for the number of workers that feed it."""
-    source, found, drop, first = Manifest(manifest), collections.defaultdict(list), set(), {}
-    readers, seconds = Readers(examine, workers, timeout), []
+    source, found, drop = Manifest(manifest, columns), collections.defaultdict(list), set()
+    readers, seconds, first = Readers(examine, workers, timeout), [], {}
     tokens = partial(Tokenizer.load(vocab).encode, max_len=10 ** 6) if vocab else str.split
 
     def visit(i):
@@ -1196,7 +1212,7 @@ def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224
                 found["text too long"].append(f"{where}: {text:.60}...")
         if caption and (line := first.setdefault(hash(caption), i + 1)) <= i:
             found["duplicate caption"].append(f"{where}: as line {line}: {caption:.60}")
-    clean = Path(manifest).with_suffix(".clean.jsonl")
+    clean = Path(manifest).absolute().with_suffix(".clean.jsonl")
     with open(source.paths[0], "rb") as lines, replacing(clean) as kept:
         kept.writelines(line for i, line in enumerate(lines) if i not in drop and line.strip())
     for fault, places in sorted(found.items()):
@@ -1577,6 +1593,7 @@ def main():
         converts.add_argument(f"--{flag}", nargs=count, required=True)
     checks.add_argument("manifest")
     checks.add_argument("--vocab")
+    checks.add_argument("--columns", nargs="+")
     for flag in "workers", "timeout", "frames", "image_size", "max_text_len", "gpu":
         checks.add_argument(f"--{flag}", type=int)
     args = vars(parser.parse_args())
@@ -1586,5 +1603,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, Unreadable) as error:
+    except (ValueError, OSError, Unreadable) as error:
         sys.exit(f"data.py: {error}")

@@ -335,7 +335,7 @@ def clip_key(sample: dict) -> str:
     path = Path(sample["video"])
     stat = path.stat() if path.exists() else None
     return json.dumps([sample["video"], stat and (stat.st_size, stat.st_mtime_ns),
-                       *map(sample.get, ("start", "end", "fps", "boxes"))])
+                       *map(sample.get, ("start", "end", "fps", "boxes", "image"))])
 
 
 def cls_features(model: AllInOne, clips: Clips, path: Path, config, device):
@@ -345,7 +345,7 @@ def cls_features(model: AllInOne, clips: Clips, path: Path, config, device):
     scorer, samples = Scorer(model, clips, reading, device), []
     for i, feature in scorer.features(video_cls, path, is_cache=True).items():
         sample = clips.manifest[i]
-        samples.append({"feature": feature, "label": clips.labels.get(sample.get("answer"), -1),
+        samples.append({"feature": feature, "label": clips.class_of(sample),
                         "where": sample["where"], "set": clips.manifest.locate(i)[0]})
     return samples, scorer.unreadable()
 
@@ -632,7 +632,7 @@ USES = {"fill": fill, "match": match, "ask": ask, "explain": explain, "attention
 def video_manifest(config: EvalConfig) -> str:
     """A manifest of --video: files, folders (walked) and manifests, --text added to each line.
     Clips are cut into windows of --window seconds, between their own start and end."""
-    lines, asked = [], {"question": config.text[0], "texts": config.text}
+    lines, asked = [], {"question": config.text[0], "texts": config.text, "answer": "?"}
     for path in map(Path, config.video):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         samples = [{"video": str(file.absolute())} for file in files
@@ -687,11 +687,13 @@ def use(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, answers, devi
                         for word, heat in zip(result["words"], result["maps"])]
             pictures[picture] += rows
     for line in scorer.unreadable():
-        say(f"left out: {line}")
+        say("left out:", line.partition(": ")[2])               # without our own manifest
     if not found:
         raise DataError(f"--video {' '.join(config.video)}: no clip can be read")
+    told = [result.get("blocks", ()) for _, _, result in found]
+    moving = [blocks for blocks, (_, i, _) in zip(told, found) if not is_image(clips.manifest[i])]
     blocks = [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-              for rows in zip(*(result.get("blocks", ()) for _, _, result in found))]
+              for rows in zip(*moving or told)]
     for block in blocks:                                       # the mean of all clips
         say(f"block {block['step']:.0f}: " + ", ".join(
             f"{name} {value:.3f}" for name, value in block.items() if name != "step"))
@@ -915,7 +917,10 @@ def main(argv: list[str] | None = None) -> None:
              "--task fill needs a [MASK] in --text"),
             (len(config.text) > 1 and task not in ("match", "search"),
              "several --text are for --task match and search"),
-            (min(config.batch, config.clips) < 1, "--batch and --clips must be 1 or more"),
+            (min(config.batch, config.clips, config.top) < 1,
+             "--batch, --clips and --top must be 1 or more"),
+            (min(config.rerank, config.bootstrap, config.window, config.workers) < 0,
+             "--rerank, --bootstrap, --window and --workers must be 0 or more"),
             (config.rerank and task not in ("retrieval", "search"),
              "--rerank is for --task retrieval and search")):
         if wrong:

@@ -197,7 +197,7 @@ def test_padding_changes_nothing_and_a_clip_alone_equals_the_clip_in_a_batch(tem
     model = build(temporal=temporal)
     video, ids = clip(B=2), words(B=2)
     short, mask = ids[:1, :5], torch.arange(8) < torch.tensor([[5], [8]])
-    batch, alone = model(video, ids, mask), model(video[:1], short)
+    batch, alone = model(video, ids, mask.long()), model(video[:1], short)     # 0 and 1, as others'
     text, videos = model.encode_text(ids, mask), model.encode_video(video)   # fed alone, Sec. 1
     assert text.shape == (2, 8, 32) and videos.shape == (2, 17, 32)
     for there, here in [(batch.pooled[0], alone.pooled[0]), (batch.text[0, :5], alone.text[0]),
@@ -744,13 +744,13 @@ def test_five_million_lines_are_indexed_once_and_cost_neither_time_nor_memory(tm
 def test_a_bad_line_is_named_by_file_and_line(tmp_path):
     (tmp_path / "m.jsonl").write_text(
         '{"video": "a.mp4"}\n{"video": "a.mp4", text}\n{"text": "no film"}\n\n{"video": "b"}\n'
-        '{"video": "c", "start": "1.5"}\n[1]')
+        '{"video": "c", "start": "1.5"}\n[1]\n{"video": "\xe9"}', encoding="latin-1")
     assert Manifest(tmp_path / "m.jsonl")[4]["video"] == str(tmp_path / "b")
     for name, content, line, complaint in [
             ("m.jsonl", None, 2, "not JSON"), ("m.jsonl", None, 4, "not JSON"),
             ("m.jsonl", None, 3, 'lacks "video"; its keys are text'),
             ("m.jsonl", None, 6, "\"start\" is '1.5'; expected int or float"),
-            ("m.jsonl", None, 7, "expected a JSON object"),
+            ("m.jsonl", None, 7, "expected a JSON object"), ("m.jsonl", None, 8, "not JSON"),
             ("a.csv", "path,start\na,0.5\nb,soon", 3, "\"start\" is 'soon'; expected int or"),
             ("b.csv", 'path,texts\na,"[\'x\']"\nb,x;y', 3, "\"texts\" is 'x;y'; expected list"),
             ("c.tsv", "name\ttext\na.mp4\tx", 2, 'lacks "video"; .* name, text .*--columns')]:
@@ -939,6 +939,7 @@ def test_each_task_gets_the_words_it_needs(tmp_path):
     for task, line, message in [
             ("choice", {"options": WORDS, "answer": 3}, '"answer" is 3; expected an index into'),
             ("choice", {"texts": WORDS}, 'lacks "options"; its keys are video, texts'),
+            ("qa", {"question": "a", "anwser": "b"}, 'lacks "answer"; rename "anwser" to "answer"'),
             ("pretrain", {"caption": "a cat"}, 'lacks "text"; rename "caption" to "text"; its')]:
         with pytest.raises(DataError, match=f"m.jsonl:1: {message}"):
             clips_of(tmp_path, [line], task)[0, 0]
@@ -1317,6 +1318,8 @@ def clips(tmp_path_factory) -> Path:
                                 "answer": texts[0].split()[i % 2]})
     lines["no_answer"].append({"video": video, "options": texts})
     lines["gone"].append({"video": "gone.mp4", "text": "a"})
+    lines["unread"].append({"video": "gone.mp4", "answer": "a"})
+    lines["misspelt"].append({"video": "0.mp4", "question": "a", "anwser": "a"})
     for name, samples in lines.items():
         (folder / f"{name}.jsonl").write_text(jsonl(*samples))
     return folder
@@ -1600,6 +1603,7 @@ def test_a_run_folder_of_another_run_is_refused(clips, whole_run, tmp_path):
     (tmp_path / "tokenizer.json").write_text(Tokenizer.train(WORDS, 99).to_json())
     err = pretrain(own, out, *flags, "--seed", 5, "--warmup", "0.2", code=1)
     assert "warmup was 0.1, now 0.2; seed was 0, now 5" in err
+    assert "it is past step 1" in pretrain(own, out, *flags, "--steps", 1, code=1)
     printed = pretrain(own, out, *flags, "--lr", "5e-4", "--steps", 4)
     assert "from step 3 on: lr was 0.001, now 0.0005" in printed
     assert finished(out)[0]["tokenizer"] == vocabulary       # the checkpoint's own
@@ -1783,6 +1787,10 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     ("--data a --val b/x_test.clean.jsonl --val_every 5", "the validation"),
     ("--data a --val latest.jsonl --val_every 5", "a: no such manifest"),
     ("--log_every 0", "must be 1 or more"), ("--batch -4", "must be 0 or more"),
+    ("--steps 6 --epochs 1", "how long is said twice"),
+    ("--task probe --data {clips}/unread.jsonl --vocab train --workers 0",
+     "no clip of a manifest can be read: "),
+    ("--task qa --data {clips}/misspelt.jsonl --vocab train", 'no line has an "answer"'),
     ("--val_every 5 --data a", "--val_every needs --val"),
     ("--compile", "cannot compile without a C++ compiler"),
     ("--data {clips}/train.jsonl --vocab train --freeze blocks.99",
@@ -1793,7 +1801,7 @@ def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tm
     ("--data {clips}/train.jsonl --vocab absent.txt", "local vocab.txt"),
     ("--data {clips}/choice.jsonl --vocab train --workers 0", "choice.jsonl:"),
     ("--data {clips}/train.jsonl --vocab train --val absent.jsonl", "absent.jsonl: no such"),
-    ("--data {clips}/gone.jsonl --vocab train --workers 0", "100 clips in a row cannot be read"),
+    ("--data {clips}/gone.jsonl --vocab train --workers 0", "1 clips in a row cannot be read"),
     ("--data {clips}/choice.jsonl --vocab train --task choice --val {clips}/no_answer.jsonl",
      '"answer" is None; expected an index into the 2 options')])
 def test_wrong_flags_and_files_say_in_one_line_what_to_do(
@@ -1859,7 +1867,8 @@ def test_ties_and_unknown_answers_are_not_counted_as_right_and_intervals_are_rep
     ("choice", "--task choice needs --data", 2), ("match --text a", "needs --video", 2),
     ("fill --video x", "needs --text", 2), ("fill --video x --text a", "needs a [MASK]", 2),
     ("ask --video x --text a b", "several --text", 2),
-    ("choice --data x --batch 0", "--batch and --clips must be 1 or more", 2),
+    ("choice --data x --batch 0", "--batch, --clips and --top must be 1 or more", 2),
+    ("search --video x --text a --window -1", "and --workers must be 0 or more", 2),
     ("choice --data x --rerank 2", "--rerank is for --task retrieval", 2),
     ("retrieval --data {clips}/retrieval.jsonl", "was not trained with VTC", 1),
     ("probe --data {clips}/qa.jsonl", "fine-tune it with train.py --task probe", 1),
@@ -2069,7 +2078,7 @@ def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run,
     assert [one["label"] for one in found] == [
         answers.index(line["answer"]) for line in lines_of(clips / "qa.jsonl")]
     err = fine_tune("qa", clips / "train.jsonl", tmp_path / "none", whole_run, code=1)
-    assert 'no line has words as its "answer"' in err
+    assert 'no line has an "answer"' in err
 
 
 def test_a_head_for_other_answers_is_not_taken_over_and_a_resumed_one_keeps_its_own(
@@ -2085,6 +2094,9 @@ def test_a_head_for_other_answers_is_not_taken_over_and_a_resumed_one_keeps_its_
     assert finished(out)[0]["answers"] == answers
     printed = fine_tune("probe", manifest, tmp_path / "other", tmp_path / "init")
     assert "answer_head.0.weight" in printed                   # a new head
+    for content, message in ('["zebra"]', "holds no answer of"), ("{", "not a JSON list"):
+        listed.write_text(content)
+        assert message in fine_tune("qa", manifest, tmp_path / "none", tmp_path / "init", code=1)
     listed.unlink()
     printed = fine_tune("qa", manifest, tmp_path / "qa", tmp_path / "init")
     assert "answer_head.2.weight" in printed                   # of two layers

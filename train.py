@@ -133,8 +133,8 @@ def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
     recipe = TASKS[task]
     if flags.get("recipe") == "release":
         recipe = recipe | RELEASE["all"] | RELEASE[task]
-    if "steps" in flags:
-        flags.setdefault("epochs", 0)
+    if flags.get("steps") and flags.setdefault("epochs", 0):
+        raise DataError("--steps and --epochs: how long is said twice; give one of them")
     proof = {} if flags.get("data") else PROOF | TOY[task]
     values = {"out": f"runs/{task}"} | recipe | proof | flags       # the last one wins
     fields = Config.__dataclass_fields__.keys()
@@ -161,8 +161,9 @@ def check_flags(config: TrainConfig) -> None:
              "validation split, and score the test split once, with eval.py"),
             (min(config.batch_per_gpu, config.log_every, config.save_every, config.steps) < 1,
              "--batch_per_gpu, --steps, --log_every and --save_every must be 1 or more"),
-            (min(config.batch, config.epochs, config.workers, config.val_every) < 0,
-             "--batch, --epochs, --workers and --val_every must be 0 or more"),
+            (min(config.batch, config.epochs, config.workers, config.val_every,
+                 config.false_texts) < 0,
+             "--batch, --epochs, --workers, --val_every and --false_texts must be 0 or more"),
             (config.compile and not any(map(shutil.which, ("g++", "c++", "clang++"))),
              "--compile: torch cannot compile without a C++ compiler; apt install g++")):
         if wrong:
@@ -313,6 +314,8 @@ class Run:
             if had != has:
                 other.append("{} had {} lines of checksum {:08x}, now {} of {:08x}".format(
                     name, *had, *has))
+        if now["steps"] < before["state"]["step"]:
+            other.append(f"it is past step {now['steps']}")
         if other:
             raise DataError(f"{self.folder} holds another run ({'; '.join(other[:5])}): "
                             "choose another --out, or remove it")
@@ -516,6 +519,8 @@ class Trainer:
             self.clips, self.lost = cls_features(self.model, self.clips, path, config, self.device)
             self.sizes = [sum(clip["set"] == k for clip in self.clips)
                           for k in range(len(manifest.sizes))]
+            if not min(self.sizes):
+                raise DataError(f"no clip of a manifest can be read: {'; '.join(self.lost[:3])}")
         self.unread = [lines - read for lines, read in zip(manifest.sizes, self.sizes)]
 
     def stream(self):
