@@ -49,11 +49,11 @@ Select = Literal["block", "random", "varying"]                                  
 class Config:
     """What shapes the model, by default All-in-one-B (Tab. 1). ValueError for what cannot be."""
 
+    frames: int = 3                  # S, Sec. 4.1.1; Fig. 9 tries 1 to 16
+    image_size: int = 224            # H = W in pixels, Sec. 4.1.1; Tab. 2a also 384
     width: int = 768                 # D, Tab. 1
     depth: int = 12                  # L, Tab. 1
     heads: int = 12                  # Tab. 1
-    frames: int = 3                  # S, Sec. 4.1.1; Fig. 9 tries 1 to 16
-    image_size: int = 224            # H = W in pixels, Sec. 4.1.1; Tab. 2a also 384
     patch_size: int = 16             # P, Sec. 4.1.1
     vocab_size: int = 30522          # |V| of bert-base-uncased, Sec. 4.1.1
     max_text_len: int = 40           # m at most; release (80 for DiDeMo's paragraphs)

@@ -628,7 +628,7 @@ class Tokenizer:
     @staticmethod
     def load(name, text=None):
         """A local vocab.txt or tokenizer.json, else a Hugging Face name, fetched; or `text`, what
-        to_json gave, called `name` in errors. DataError."""
+        words.to_str() gave, called `name` in errors. DataError."""
         path = Path(name)
         try:
             if text is not None:
@@ -661,10 +661,6 @@ class Tokenizer:
         tokens = list(dict.fromkeys(spelling + frequent))[:max(vocab_size, len(spelling))]
         vocabulary = {token: i for i, token in enumerate(tokens)}
         return Tokenizer(BertWordPieceTokenizer(vocabulary))
-
-    def to_json(self):
-        """The whole tokenizer as one string, which a checkpoint carries."""
-        return self.words.to_str()
 
     def encode(self, text, max_len, first=None):
         """Ids of [CLS] text [SEP], or [CLS] first [SEP] text [SEP], at most max_len: where they are

@@ -52,7 +52,7 @@ def add_flags(group, cls: type) -> None:
         if name in ("vocab_size", "answers"):
             continue
         default = getattr(cls, name)
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         about = f"{comments.get(name, '')} (default: {shown or 'none'})".replace("%", "%%")
         if kind is bool:
             options = dict(action=argparse.BooleanOptionalAction)

@@ -490,7 +490,7 @@ class Trainer:
         self.run.resume(
             {"config": {**asdict(config), **asked, "batch": self.batch, "clips of a pass": size},
              "steps": self.steps, "sizes": asdict(model.config), "data": manifest.contents(),
-             "answers": self.answers, "tokenizer": self.tokenizer.to_json(),
+             "answers": self.answers, "tokenizer": self.tokenizer.words.to_str(),
              "torch": torch.__version__, "commit": commit()},
             model=model, optimizer=self.optimizer, scaler=self.scaler)
         if config.compile:    # the second text length met is taken as a variable, then no more are
