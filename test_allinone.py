@@ -1062,6 +1062,8 @@ def test_the_data_doctor_names_every_fault_and_writes_a_clean_manifest(tmp_path,
         "empty text": [5], "text too long": [6], "bad line": [7, 8, 9, 10]}
     clean = Manifest(tmp_path / "m.clean.jsonl")
     assert [clean[i]["text"][:7] for i in range(len(clean))] == ["a dog", "a dog", "so many"]
+    (tmp_path / "t.csv").write_text("name,said\na.mp4,a dog\n")
+    assert data.check(tmp_path / "t.csv", workers=0, columns=["video=name", "text=said"]) == {}
     assert re.search(r"3 of 10 samples are usable: .*\n.*decode at \d+ per CPU-second: .* 400 "
                      r"clips/s needs [\d.]+ workers", capsys.readouterr().out)
 
@@ -2180,6 +2182,10 @@ def test_explain_and_attention_share_out_a_whole(temporal, clips, strong, tmp_pa
     for row in found["blocks"]:
         assert sum(row[name] for name in ("text", "cls", "own", "rolled")) == pytest.approx(1)
         assert (row["rolled"] > 0) == (temporal == "token_rolling")
+    files = clips / "0.mp4", clips / "0.png"                # an image, where nothing rolls, is out
+    alone, mixed = (re.findall("^block.*", evaluate("attention", some, strong, *flags), re.M)
+                    for some in (files[:1], files))
+    assert len(alone) == 2 and alone == mixed
     with Image.open(tmp_path / "attention.png") as picture:
         assert picture.size == (640, 360)
 
