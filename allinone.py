@@ -22,7 +22,6 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -473,16 +472,21 @@ class Inert(dict):
     __hash__ = object.__hash__
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Rebuilds the tensors of such a file (Tab. 1, 6) and calls nothing else."""
+class SafePickle:
+    """Stands for `pickle` in torch.load (Tab. 1, 6): rebuilds tensors and calls nothing else."""
 
     TENSORS = {("collections", "OrderedDict"), ("torch", "Size"),
                ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
 
-    def find_class(self, module, name):
-        storage = module in ("torch", "torch.storage") and name.endswith("Storage")
-        known = storage or (module, name) in self.TENSORS
-        return super().find_class(module, name) if known else Inert
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+            known = storage or (module, name) in SafePickle.TENSORS
+            return super().find_class(module, name) if known else Inert
+
+    @staticmethod
+    def load(file, **how):
+        return SafePickle.Unpickler(file, **how).load()
 
 
 def read_weights(path) -> dict:
@@ -490,14 +494,12 @@ def read_weights(path) -> dict:
 
     ValueError for a file that is no dictionary of weights, or whose checksums are wrong.
     """
-    pickles = SimpleNamespace(__name__="pickle", Unpickler=SafeUnpickler,
-                              load=lambda file, **how: SafeUnpickler(file, **how).load())
     try:
         if zipfile.is_zipfile(path):                               # torch.load checks no checksum
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"the checksum of its part {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=pickles)
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:             # whatever a damaged or foreign file makes torch raise

@@ -723,7 +723,7 @@ def answers_of(manifest):
     every = (str(sample["answer"]) for sample in manifest if "answer" in sample)
     if listed.is_file():
         try:
-            answers = {str(answer): 1 for answer in json.loads(listed.read_text("utf-8"))}
+            answers = dict.fromkeys(map(str, json.loads(listed.read_text("utf-8"))))
         except (ValueError, TypeError) as error:
             raise DataError(f"{listed}: not a JSON list of answers ({error})") from None
         if not any(answer in answers for answer in every):
@@ -788,8 +788,10 @@ class Clips:
         frames = 1 if is_image(sample) else self.frames
         size, views = self.image_size, 1 if self.train else self.views
 
-        order = {"kept": range(frames), "reversed": range(frames)[::-1], "first": [0] * frames,
-                 "shuffled": None}[self.order] or torch.randperm(frames).tolist()
+        orders = {"first": [0] * frames, "reversed": range(frames)[::-1]}
+        order = orders.get(self.order, range(frames))
+        if self.order == "shuffled":
+            order = torch.randperm(frames).tolist()
 
         def pick(n):
             views_of = [sample_frames(n, frames, self.train, v, views) for v in range(views)]
