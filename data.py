@@ -37,11 +37,13 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -373,7 +375,46 @@ class Doubtful(Unreadable):
     """Frames that are damaged, or that the packets' times do not place for sure."""
 
 
-def decode(path, pick, size=None, start=None, end=None, fps=None):
+class Member(NamedTuple):
+    """A clip inside a larger file, such as an uncompressed .tar: where its bytes begin, how many
+    there are, and its name for messages."""
+    offset: int
+    size: int
+    name: str = ""
+
+
+RESIZE = ("release", "paper", "proportions")    # how a stored frame becomes a square: read_frames
+
+
+def read_frames(sample: dict, pick: Callable[[int], Sequence[int]], image_size: int,
+                resize: str, train: bool, boxes: bool = True) -> torch.Tensor:
+    """The chosen frames of a sample as uint8 (S, 3, image_size, image_size), contiguous.
+
+    pick: function of n, the number of frames in the sample's window, to the S numbers wanted.
+    resize: "release" scales the whole frame to a square of 1.2 x image_size, whatever its
+    proportions, and "proportions" its shorter side to as much; both then crop a square of
+    image_size, at random in training, else the centre. "paper" scales the whole frame to the square
+    (Sec. 4.1.1). boxes: draw the sample's "boxes" (VCR, Tab. 5 "Mask"). A sample that has boxes is
+    always scaled whole, drawn or not, since a crop could cut off what its question asks for.
+    Unreadable.
+    """
+    path, member = sample["video"], sample.get("member")
+    if member:
+        member = Member(member["offset"], member["size"], member["name"])
+    window = {name: sample.get(name) for name in ("start", "end", "fps")}
+    larger = int(1.2 * image_size)                                          # 268 for 224
+    if sample.get("boxes"):
+        video = decode(path, pick, None, member=member, **window)           # as stored
+        if boxes:
+            video = draw_boxes(video, sample["boxes"])
+        return v2.functional.resize(video, [image_size, image_size])
+    if resize == "paper":
+        return decode(path, pick, (image_size, image_size), member=member, **window)
+    size = (larger, larger) if resize == "release" else larger
+    return crop(decode(path, pick, size, member=member, **window), image_size, train)
+
+
+def decode(path, pick, size=None, start=None, end=None, fps=None, member=None):
     """Exactly the chosen frames of a clip, decoding as little else as their codec allows.
     path: a video, an image (one frame) or a folder of frames, `fps` of them a second. pick:
     function of n, the frames that there are, to the list of wanted indices, repeats allowed. size:
@@ -563,7 +604,8 @@ def decode_group(container, stream, key, missing):
 def crop(video, size, train):
     """uint8 (..., 3, size, size) of uint8 (..., 3, h, w) with h, w >= size, alike for all frames:
     random in training, else the centre. Normalisation happens on the model's device."""
-    return v2.RandomCrop(size)(video) if train else v2.functional.center_crop(video, [size, size])
+    square = v2.RandomCrop(size)(video) if train else v2.functional.center_crop(video, [size, size])
+    return square.contiguous()      # a view would send the pixels around the square along with it
 
 
 def draw_boxes(video, boxes):
