@@ -1,16 +1,36 @@
-"""Clips in, tensors out: manifest, order of visits, clip, batch; the toy set; every data set.
+"""Clips in, tensors out.
 
-Every data set is a *manifest*, a JSON object a line, paths relative to the manifest:
+    Manifest -> BatchSampler -> decode -> Clips -> collate           `load` runs them
+
+A `Manifest` lists the samples. `BatchSampler` says which of them a micro-batch reads. `decode`
+reads the frames of a clip. `Clips` makes one sample into tensors: pixels, words, label. `collate`
+makes the samples of a micro-batch into one batch. `load` does all this in processes of its own,
+ahead of training. The toy set, the data doctor (`check`) and the readers of the published data
+sets (`convert`) follow below.
+
+A manifest holds one sample a line, each a JSON object. Paths are relative to the manifest:
 
     {"video": "clips/a.mp4", "text": "a dog runs"}
 
-"video" is a file, an image (one frame, S = 1) or a folder of frames. As a task needs them: "texts"
-(several captions of one clip), "captions" ([[start, end, text], ...]: windows of at least 4 s, of
-which a visit in training draws one and evaluation takes the first), "start" and "end" (seconds
-from the first frame), "fps" (of a folder's frames), "question", "options", "answer" (an option's
-index, or the answer's words), "boxes" (VCR: [[identity, x0, y0, x1, y1], ...]), "kind" (a label to
-report accuracy by), "image" (true where a name does not tell). A .csv or .tsv with such columns,
-or a folder of clips with .txt or .json captions beside them, is read as a manifest too.
+These are the fields of a sample. A task needs some of them.
+
+    video       a file, an image (a clip of one frame) or a folder of frames
+    text        the caption
+    texts       several captions of one clip
+    captions    [[start, end, text], ...]: captions of parts of the clip, in seconds. A visit in
+                training draws one of them and reads at least 4 s. Evaluation takes the first.
+    start, end  the part of the clip that the sample shows, in seconds after the first frame
+    fps         frames a second, for a folder of frames
+    question    of question answering, and of multiple choice
+    options     the answers or captions to choose from
+    answer      which of the options is right, counted from 0 or in words. Without options: words.
+    boxes       [[identity, x0, y0, x1, y1], ...]: the entities of VCR, in pixels of the image
+    kind        a label, by which evaluation reports the accuracy
+    image       true or false, where the ending of "video" does not say whether it is an image
+
+A .csv or .tsv table with such columns is a manifest too. So is a folder of clips that have their
+captions beside them, in a .txt or .json of the same name. So is a .tar shard of such files, as
+video2dataset writes it, or a folder of shards: a shard is read as it is, without unpacking it.
 
     python data.py {toy,convert,check} --help
 """
@@ -18,6 +38,7 @@ or a folder of clips with .txt or .json captions beside them, is read as a manif
 import argparse
 import ast
 import bisect
+import codecs
 import collections
 import colorsys
 import csv
@@ -27,23 +48,25 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -65,111 +88,217 @@ class Unreadable(Exception):
 
 # ==== Manifest ====================================================================================
 
-FIELDS = {"video": "str", "text": "str", "texts": "list", "captions": "list", "question": "str",
-          "options": "list", "answer": "int or str", "start": "int or float",
-          "end": "int or float", "fps": "int or float", "boxes": "list", "kind": "str",
-          "image": "bool"}
-ITEMS = {"texts": [True], "options": [True],       # which parts of an item of a list are words
-         "captions": [False, False, True], "boxes": [False] * 5}
-ALSO_CALLED = {  # what other people's files call a field
+TEXT, TEXTS = "a text", "a list of texts"
+NUMBER = "a finite number"
+INDEX_OR_TEXT = "an integer or a text"
+CAPTIONS = "a list of [start, end, text], in seconds"
+BOXES = "a list of [identity, x0, y0, x1, y1]"
+FLAG = "true or false"
+MEMBER = '{"name": text, "offset": integer, "size": integer}'
+# What each field of a sample must hold. Fields of other names are kept and not looked at.
+FIELDS = {"video": TEXT, "text": TEXT, "texts": TEXTS, "captions": CAPTIONS, "question": TEXT,
+          "options": TEXTS, "answer": INDEX_OR_TEXT, "start": NUMBER, "end": NUMBER,
+          "fps": NUMBER, "boxes": BOXES, "kind": TEXT, "image": FLAG, "member": MEMBER}
+ALIASES = {  # names that other people's files give to a field
     "video": ("path", "file", "filename", "video_path", "clip"),
     "text": ("caption", "title", "description", "sentence", "txt")}
 IMAGES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"
 MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".flv", ".gif", *IMAGES)
-HEADER = 4                     # int64 before the first line's offset: version, size, mtime_ns, crc
+HEADER = 5      # int64 numbers before the first offset of an index: see line_index
 
 
 class Manifest:
-    """One or several manifests (`paths`) as a sequence of dicts, read through an index of lines.
-    columns: ("video=clip_name", "text=en"), for tables whose columns have other names. `m[i]` is
-    line i, with "video" made absolute and "where" = "file:line" added: two small reads, nothing
-    stays open or in memory (136 M lines: 1.1 GB of index on disk). DataError names file:line."""
+    """One or several manifests as a sequence of samples, read through an index of their lines.
 
-    def __init__(self, paths, columns=()):
-        self.names = [str(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        self.paths = [json_lines(Path(name), columns) for name in self.names]
+    paths: one or several of: a .jsonl, a .csv or .tsv table, a folder of clips with captions
+    beside them, a .tar shard, a folder of shards. Neighbouring shards of one folder count as one
+    manifest. columns: ("video=clip_name", "text=en") for tables whose columns have other names.
+
+    `manifest[i]` is line i as a dict. "video" is then an absolute path, and "source_line" names
+    the file and the line that the sample comes from. An access is two small reads: nothing stays
+    open, and no line stays in memory. 136 M lines take 1.1 GB of index on disk.
+    A line that is not as FIELDS says raises DataError, which names its file and line.
+    """
+
+    def __init__(self, paths: str | Path | Sequence[str | Path], columns: Sequence[str] = ()):
+        if isinstance(paths, (str, Path)):
+            paths = [paths]
+        if not paths:
+            raise DataError("no manifest; expected at least one .jsonl, .csv, .tsv, .tar or folder")
+        sources = neighbouring_shards([Path(path) for path in paths])
+        self.names = [source_name(source) for source in sources]
+        self.paths = [json_lines(source, columns) for source in sources]
         self.indices = [line_index(path) for path in self.paths]
-        self.sizes = [os.path.getsize(index) // 8 - HEADER for index in self.indices]
+        self.sizes = [read_index(index, 4) for index in self.indices]
         self.ends = list(itertools.accumulate(self.sizes))
-        for name, size in zip(self.names or ["no manifest"], self.sizes or [0]):
-            if not size:
-                raise DataError(f"{name}: no samples; expected a JSON object a line or, of "
-                                "a folder, clips with a .txt or .json of their name beside them")
+        for name, size in zip(self.names, self.sizes):
+            if size == 0:
+                raise DataError(f"{name}: no samples; expected a JSON object a line, a row a line "
+                                "or, of a folder and of shards, clips with a .txt or .json of "
+                                "their name beside them")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.ends[-1]
 
-    def locate(self, i):
-        """(which manifest, line of it from 0) of sample i."""
-        which = bisect.bisect_right(self.ends, i)
-        return which, i - self.ends[which] + self.sizes[which]
+    def locate(self, i: int) -> tuple[int, int]:
+        """(which of the manifests, which of its samples from 0) sample i is."""
+        manifest_id = bisect.bisect_right(self.ends, i)
+        return manifest_id, i - self.ends[manifest_id] + self.sizes[manifest_id]
 
-    def after(self, i, steps):
-        """The sample so many lines after i, round and round its own manifest."""
-        which, line = self.locate(i)
-        return i - line + (line + steps) % self.sizes[which]
+    def after(self, i: int, steps: int) -> int:
+        """The sample that many lines after i. The last line of a manifest is followed by the
+        first line of the same manifest."""
+        manifest_id, line = self.locate(i)
+        return i - line + (line + steps) % self.sizes[manifest_id]
 
-    def contents(self):
-        """[name, lines, checksum] of each manifest, to notice that one has changed."""
-        return [[name, size, int(np.fromfile(index, np.int64, HEADER)[3])]
-                for name, size, index in zip(self.names, self.sizes, self.indices)]
+    def contents(self) -> list[list]:
+        """[name, samples, checksum] of each manifest. A resumed run notices by them that one of
+        its manifests has changed."""
+        checksums = [read_index(index, 3) for index in self.indices]
+        return [list(row) for row in zip(self.names, self.sizes, checksums)]
 
-    def __getitem__(self, i):
+    def line(self, i: int) -> tuple[bytes, int]:
+        """The line of sample i as it is stored, and its number in its file, from 1."""
+        manifest_id, line = self.locate(i)
+        offset, number = line_place(self.indices[manifest_id], line, self.sizes[manifest_id])
+        with open(self.paths[manifest_id], "rb") as file:
+            file.seek(offset)
+            return file.readline(), number
+
+    def __getitem__(self, i: int) -> dict:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of a manifest of {len(self)}")
-        which, line = self.locate(i)
-        begin = np.fromfile(self.indices[which], np.int64, 1, offset=8 * (HEADER + line))[0]
-        with open(self.paths[which], "rb") as file:
-            file.seek(begin)
-            text = file.readline()
-        where = f"{self.names[which]}:{line + 1}"
+        manifest_id, _ = self.locate(i)
+        content, number = self.line(i)
+        source_line = f"{self.names[manifest_id]}:{number}"
         try:
-            sample = {"where": where} | checked(json.loads(text), where)
+            fields = json.loads(content.decode("utf-8-sig"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            shown = text[:60].decode(errors="replace").strip()
-            raise DataError(f"{where}: not JSON ({error}): {shown!r}; expected an object such as "
-                            '{"video": "a.mp4", "text": "a dog runs"}') from None
-        return sample | {"video": str(self.paths[which].absolute().parent / need(sample, "video"))}
+            excerpt = content[:60].decode(errors="replace").strip()
+            raise DataError(f"{source_line}: not JSON ({error}): {excerpt!r}; expected an object "
+                            'such as {"video": "a.mp4", "text": "a dog runs"}') from None
+        # A line of a table, a folder or a shard says itself where it comes from.
+        sample = {"source_line": source_line, "where": source_line}
+        sample.update(checked(fields, source_line))
+        folder = self.paths[manifest_id].absolute().parent
+        sample["video"] = str(folder / need(sample, "video"))
+        return sample
 
 
-def checked(sample, where):
-    """A sample without its nulls; DataError if it is no object or a field is not as FIELDS."""
-    if not isinstance(sample, dict):
-        raise DataError(f"{where}: is {sample!r:.60}; expected a JSON object")
-    sample = {key: value for key, value in sample.items() if value is not None}
-    for field in sample.keys() & FIELDS.keys():
-        if type(sample[field]).__name__ not in FIELDS[field].split(" or "):
-            raise DataError(f'{where}: "{field}" is {sample[field]!r:.60}; expected '
-                            f"{FIELDS[field]}, as the first lines of data.py tell")
-        for item in sample[field] if field in ITEMS else ():
-            parts = item if isinstance(item, list) else [item]
-            if [isinstance(part, str) for part in parts] != ITEMS[field]:
-                raise DataError(f'{where}: "{field}" holds {item!r:.60}; expected items as the '
-                                "first lines of data.py tell")
+def checked(fields: object, source_line: str) -> dict:
+    """A sample without its nulls and without halves of characters. DataError if it is no object,
+    or if a field is not as FIELDS says."""
+    if not isinstance(fields, dict):
+        raise DataError(f"{source_line}: is {fields!r:.60}; expected a JSON object")
+    sample = {}
+    for field, value in fields.items():
+        if value is None:
+            continue
+        expected = FIELDS.get(field)
+        if expected and not is_as_expected(value, expected):
+            raise DataError(f'{source_line}: "{field}" is {value!r:.60}; expected {expected}, as '
+                            "the first lines of data.py explain")
+        # A path may hold bytes that are not UTF-8, which Python writes as halves of characters.
+        sample[field] = value if field == "video" else map_texts(whole_characters, value)
+    if "fps" in sample and sample["fps"] <= 0:
+        raise DataError(f'{source_line}: "fps" is {sample["fps"]}; expected frames a second, '
+                        "more than 0")
+    if "start" in sample and "end" in sample and sample["end"] < sample["start"]:
+        raise DataError(f'{source_line}: "end" is {sample["end"]}, before "start", '
+                        f'{sample["start"]}; expected seconds after the first frame of the clip')
     return sample
 
 
-def need(sample, field):
-    """The field of a sample; DataError that names the key which was probably meant for it."""
+def is_as_expected(value: object, expected: str) -> bool:
+    """Whether a field's value is what FIELDS calls `expected`."""
+    if expected == TEXT:
+        return isinstance(value, str)
+    if expected == NUMBER:
+        return is_number(value)
+    if expected == FLAG:
+        return isinstance(value, bool)
+    if expected == INDEX_OR_TEXT:
+        return type(value) in (int, str)                # True is an instance of int, but no index
+    if expected == MEMBER:
+        return isinstance(value, dict) and is_row(
+            [value.get("name"), value.get("offset"), value.get("size")], str, int, int)
+    if not isinstance(value, list):
+        return False
+    if expected == TEXTS:
+        return all(isinstance(item, str) for item in value)
+    if expected == CAPTIONS:
+        return all(is_row(item, float, float, str) for item in value)
+    return all(is_row(item, float, float, float, float, float) for item in value)       # BOXES
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number that a time or a place can be. JSON readers also accept NaN,
+    Infinity and 1e999."""
+    return type(value) in (int, float) and abs(value) < 1e12        # NaN is never below a number
+
+
+def is_row(values: object, *kinds: type) -> bool:
+    """Whether a list holds a value of each kind, in that order; float: any finite number."""
+    if not isinstance(values, list) or len(values) != len(kinds):
+        return False
+    for value, kind in zip(values, kinds):
+        if kind is float and not is_number(value) or kind is not float and type(value) is not kind:
+            return False
+    return True
+
+
+def need(sample: dict, field: str) -> object:
+    """The value of a field that must be there and not be empty. DataError otherwise, which names
+    the key that was probably meant."""
     if sample.get(field) not in (None, "", []):
         return sample[field]
-    keys = [key for key in sample if key not in (*FIELDS, "where")]
-    meant = [key for key in keys if key.lower() in ALSO_CALLED.get(field, ())]
+    ours = {*FIELDS, "source_line", "where"}
+    keys = [key for key in sample if key not in ours]
+    meant = [key for key in keys if key.lower() in ALIASES.get(field, ())]
     meant += difflib.get_close_matches(field, keys)
     hint = f'; rename "{meant[0]}" to "{field}"' if meant else ""
-    there = ", ".join(key for key in sample if key != "where")
-    raise DataError(f'{sample["where"]}: lacks "{field}"{hint}; its keys are {there} '
-                    f"(of a table, --columns {field}=NAME tells which is meant)")
+    present = ", ".join(key for key in sample if key not in ("source_line", "where"))
+    raise DataError(f'{sample["source_line"]}: lacks "{field}"{hint}; its keys are {present} '
+                    f"(of a table, --columns {field}=NAME says which column it is)")
 
 
-def is_image(sample):
+def is_image(sample: dict) -> bool:
     """Whether a sample is an image, one frame, rather than a clip."""
-    return sample.get("image", sample["video"].lower().endswith(IMAGES))
+    name = sample["member"]["name"] if "member" in sample else sample["video"]
+    return sample.get("image", name.lower().endswith(IMAGES))
 
+
+def map_texts(function: Callable[[str], str], value: object) -> object:
+    """`value` with the function applied to it if it is a text, or to each text of a list."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return [map_texts(function, item) for item in value]
+    return value
+
+
+def whole_characters(text: str) -> str:
+    """A text in which U+FFFD stands for each half of a character. A program that cuts texts after
+    N units of UTF-16 leaves half an emoji, which no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def single_spaced(text: str) -> str:
+    """A text on one line and without doubled spaces."""
+    return " ".join(text.split())
+
+
+def tidy(value: object) -> object:
+    """A text, or each text of a list, on one line and without doubled spaces."""
+    return map_texts(single_spaced, value)
+
+
+# ---- files: written whole or not at all, indexed once
 
 @contextmanager
-def replacing(path):
-    """A file beside `path`, open to be written: it takes that name once whole, else it goes."""
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file beside `path`, open for writing. It takes the name `path` when it is whole, and is
+    removed when writing it fails."""
     beside = Path(f"{path}.{os.urandom(4).hex()}")  # processes of one job may all write it at once
     try:
         with open(beside, "wb") as file:
@@ -179,110 +308,451 @@ def replacing(path):
         beside.unlink(missing_ok=True)
 
 
-def temporary(key, suffix):
-    """A path in the temporary folder, the same for the same string."""
+def temporary(key: str, suffix: str) -> Path:
+    """A path in the temporary folder, the same for the same key."""
     name = hashlib.sha1(key.encode()).hexdigest()
     return Path(tempfile.gettempdir(), f"allinone-{name}{suffix}")
 
 
-def line_index(path):
-    """Path of the up-to-date index of manifest `path`: HEADER, then where each line begins.
-    Built once: NAME.jsonl.idx or, where that folder is read-only, in the temporary folder."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such manifest; expected a .jsonl, .csv or .tsv file, one "
-                        "sample a line, or a folder of clips")
-    header, crc = [2, path.stat().st_size, path.stat().st_mtime_ns], 0
-    places = Path(f"{path}.idx"), temporary(str(path.resolve()), ".idx")
-    for place in places:
-        if place.is_file() and np.fromfile(place, np.int64, 3).tolist() == header:
-            return place
-    with open(path, "rb") as source:
-        lengths = np.fromiter(map(len, source), np.int64)
-        begins = np.cumsum(lengths) - lengths
-        while len(begins) and not (source.seek(begins[-1]), source.readline().strip())[1]:
-            begins = begins[:-1]                                    # blank last lines: no samples
-        source.seek(0)
-        while chunk := source.read(1 << 24):
-            crc = zlib.crc32(chunk, crc)
-    place = places[0 if os.access(path.absolute().parent, os.W_OK) else 1]
-    with replacing(place) as file:
-        np.array([*header, crc, *begins], np.int64).tofile(file)
-    return place
+def temporary_manifest(samples: Iterable[dict], key: str | None = None) -> Path:
+    """The path of a manifest of these samples, in the temporary folder.
 
-
-def json_lines(path, columns=()):
-    """`path` or, of a table or a folder of clips, a manifest of it in the temporary folder."""
-    if not (path.is_dir() or path.suffix in (".csv", ".tsv")):
-        return path
-    return temporary_manifest(own_samples(path, columns))
-
-
-def temporary_manifest(samples):
-    """The path of a manifest of these samples, the same for the same ones."""
-    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-    place = temporary(lines, ".jsonl")
+    It is written once for each key. Without a key the samples themselves are the key."""
+    if key is None:
+        samples = list(samples)
+        key = json.dumps(samples)
+    place = temporary(key, ".jsonl")
     if not place.is_file():
         with replacing(place) as file:
-            file.write(lines.encode())
+            for sample in samples:
+                file.write(json.dumps(sample).encode() + b"\n")
     return place
 
 
-def own_samples(path, columns=()):
-    """Samples of a person's own table or folder, with absolute paths and "where" = "file:line".
-    A column is named as its field, as `columns` says or as in ALSO_CALLED. Numbers and lists are
-    as Python writes them: 1.5, ['a', 'b']. Rows whose caption is empty are left out and counted."""
-    said, wordless = dict(column.lower().partition("=")[::2] for column in columns), 0
-    for where, row in own_rows(path):
-        cells = {str(key).lower(): value for key, value in row.items() if value not in (None, "")}
-        sample = {}
-        for field, kinds in FIELDS.items():
-            names = said.get(field), field, *ALSO_CALLED.get(field, ())
-            value = tidy(next((cells[name] for name in names if name in cells), None))
-            if isinstance(value, str) and "str" not in kinds:
-                with suppress(ValueError, SyntaxError):             # `checked` tells what it is
-                    value = ast.literal_eval(value)
-            sample[field] = value
-        sample = {"where": where} | checked(sample, where)
-        video = need(cells | sample, "video")
-        present = {str(key).lower() for key in row}
-        has_caption = present & {said.get("text"), "text", *ALSO_CALLED["text"]}
-        if has_caption and not texts_of(sample) and "answer" not in sample:
-            wordless += 1
-            continue
-        yield sample | {"video": str(path.absolute().parent / video)}
-    if wordless:
-        print(f"{path}: left out {wordless} rows without a caption", file=sys.stderr)
+def line_index(path: Path) -> Path:
+    """The path of the up-to-date index of a .jsonl file, which is built when it is missing.
+
+    It holds int64 numbers: version, size, time and checksum of the .jsonl, its samples, and then
+    the offset of each sample's line. Blank lines are no samples. Where one of them comes before a
+    sample, the number of each sample's line follows. The file is NAME.jsonl.idx or, where the
+    folder cannot be written to, lies in the temporary folder."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such manifest; expected a .jsonl, .csv or .tsv file, one "
+                        "sample a line, an uncompressed .tar shard, or a folder of clips or shards")
+    status = path.stat()
+    header = [3, status.st_size, status.st_mtime_ns]
+    beside = Path(f"{path}.idx")
+    elsewhere = temporary(str(path.resolve()), ".idx")
+    for place in (beside, elsewhere):
+        if place.is_file() and np.fromfile(place, np.int64, 3).tolist() == header:
+            return place
+    offsets, numbers = line_offsets(path)
+    if len(numbers) == 0 or numbers[-1] == len(numbers):
+        numbers = numbers[:0]                       # sample i is line i + 1: nothing to store
+    place = beside if os.access(path.absolute().parent, os.W_OK) else elsewhere
+    with replacing(place) as file:
+        np.array([*header, checksum(path), len(offsets)], np.int64).tofile(file)
+        offsets.tofile(file)
+        numbers.tofile(file)
+    return place
 
 
-def own_rows(path):
-    """(where, row) of a table, or of each clip below a folder that has a caption beside it, .json
-    (as video2dataset leaves it) or .txt; a picture beside a clip of its name is a thumbnail."""
+def line_offsets(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(offset, number from 1) of each line of a file that is not blank, int64 (samples,)."""
+    with open(path, "rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path}: is UTF-16; save it as UTF-8")
+        file.seek(0)
+        # The length of a blank line is stored below zero.
+        lengths = np.fromiter((-len(line) if line.isspace() else len(line) for line in file),
+                              np.int64)
+    ends = np.cumsum(np.abs(lengths))
+    lines = np.flatnonzero(lengths > 0)
+    return (ends - np.abs(lengths))[lines], lines + 1
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def read_index(index: Path, place: int) -> int:
+    """Number `place` of an index, from 0; see line_index."""
+    return int(np.fromfile(index, np.int64, 1, offset=8 * place)[0])
+
+
+def line_place(index: Path, line: int, size: int) -> tuple[int, int]:
+    """(offset, line number from 1) of sample `line` of an index of `size` samples."""
+    offset = read_index(index, HEADER + line)
+    if os.path.getsize(index) == 8 * (HEADER + size):
+        return offset, line + 1
+    return offset, read_index(index, HEADER + size + line)
+
+
+# ---- manifests of tables, folders of clips and shards
+
+def neighbouring_shards(paths: list[Path]) -> list[list[Path]]:
+    """The files of each manifest: one, or all neighbouring .tar files of one folder."""
+    sources = []
+    for path in paths:
+        if path.suffix == ".tar" and sources:
+            last = sources[-1][-1]
+            if last.suffix == ".tar" and last.parent == path.parent:
+                sources[-1].append(path)
+                continue
+        sources.append([path])
+    return sources
+
+
+def source_name(source: list[Path]) -> str:
+    """What messages call a manifest: its path, or those of its first and its last shard."""
+    return str(source[0]) if len(source) == 1 else f"{source[0]} to {source[-1].name}"
+
+
+def json_lines(source: list[Path], columns: Sequence[str] = ()) -> Path:
+    """The path of a .jsonl of one manifest: the file itself or, of a table, a folder or shards, one
+    in the temporary folder. That one is written again when a file, its size or its time changes."""
+    for path in source:
+        if not path.exists():
+            raise DataError(f"{path}: no such manifest; expected a .jsonl, .csv or .tsv file, one "
+                            "sample a line, a .tar shard, or a folder of clips or shards")
+    path = source[0]
+    if path.is_dir():
+        files = folder_files(path)
+        captions_and_shards = [file.path for file in files if not file.name.lower().endswith(MEDIA)]
+        key = [file.path for file in files] + [stamp(name) for name in captions_and_shards]
+        samples = folder_samples(path, files, columns)
+    elif path.suffix in (".csv", ".tsv"):
+        key = [stamp(path)]
+        samples = table_samples(path, columns)
+    elif path.suffix == ".tar":
+        key = [stamp(shard) for shard in source]
+        samples = itertools.chain.from_iterable(shard_samples(shard, columns) for shard in source)
+    elif path.suffix in (".gz", ".tgz", ".zip", ".xz", ".zst", ".bz2"):
+        raise DataError(f"{path}: is compressed; unpack it. A shard must be an uncompressed .tar")
+    else:
+        return path
+    return temporary_manifest(samples, json.dumps(["version 1", *columns, *key]))
+
+
+def stamp(path: str | Path) -> tuple[str, int, int]:
+    """(absolute path, size, time) of a file: what tells that it has changed."""
+    status = os.stat(path)
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a folder, or a member of a shard: some of the bytes of another file."""
+    path: str           # of the file or of the shard, absolute
+    name: str           # of the file or of the member
+    offset: int = 0     # of its bytes in `path`
+    size: int = -1      # -1: all bytes
+
+    def read(self) -> str:
+        """Its text. UnicodeDecodeError if it is not UTF-8."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size).decode("utf-8-sig")
+
+    @property
+    def is_member(self) -> bool:
+        return self.size >= 0
+
+    @property
+    def source_line(self) -> str:
+        """What messages call it: file:1, or shard:member."""
+        return f"{self.path}:{self.name if self.is_member else 1}"
+
+    def fields(self) -> dict:
+        """The fields of a sample that show this clip."""
+        if not self.is_member:
+            return {"video": self.path}
+        member = {"name": self.name, "offset": self.offset, "size": self.size}
+        return {"video": self.path, "member": member}
+
+
+SIDECARS = ".txt", ".json"      # a caption beside its clip
+
+
+def folder_files(folder: Path) -> list[StoredFile]:
+    """The clips, captions and shards below a folder, by name."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in (*MEDIA, *SIDECARS, ".tar") and not path.name.startswith("._"):
+            files.append(StoredFile(str(path.absolute()), str(path.absolute())))
+    return files
+
+
+def folder_samples(folder: Path, files: list[StoredFile], columns: Sequence[str]) -> Iterator[dict]:
+    """Samples of a folder: of the clips with a caption beside them, then of the shards."""
+    yield from captioned_samples(str(folder), files, columns)
+    for file in files:
+        if file.path.endswith(".tar"):
+            yield from shard_samples(Path(file.path), columns)
+
+
+def shard_samples(shard: Path, columns: Sequence[str]) -> Iterator[dict]:
+    """Samples of a .tar as video2dataset and img2dataset write them: KEY.mp4 or KEY.jpg beside
+    KEY.txt and KEY.json. One pass over the headers, which nothing unpacks."""
+    files = shard_files(shard)
+    yield from captioned_samples(str(shard), files, columns)
+
+
+def shard_files(shard: Path) -> list[StoredFile]:
+    """The files in an uncompressed .tar. DataError if it is none, or is cut off."""
+    path = str(shard.absolute())
+    files = []
     try:
-        if not path.is_dir():
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-                yield from ((f"{path}:{table.line_num}", row) for row in table)
-            return
-        clips = {}
-        for clip in sorted(p for p in path.rglob("*") if p.suffix.lower() in MEDIA):
-            if clip.with_suffix("") not in clips or clip.suffix.lower() not in IMAGES:
-                clips[clip.with_suffix("")] = {"video": str(clip.absolute())}
-        for stem, video in clips.items():
-            notes, path = Path(f"{stem}.json"), Path(f"{stem}.txt")
-            if notes.is_file():
-                path = notes
-                yield f"{path}:1", json.loads(path.read_text("utf-8")) | video
-            elif path.is_file():
-                yield f"{path}:1", {"text": path.read_text("utf-8")} | video
-    except (ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile() and not os.path.basename(member.name).startswith("._"):
+                    files.append(StoredFile(path, member.name, member.offset_data, member.size))
+            # tarfile takes damaged headers for the end. A whole archive ends in blocks of zeros.
+            archive.fileobj.seek(archive.offset)
+            rest = archive.fileobj.read(1 << 16)
+    except tarfile.TarError as error:
+        raise DataError(f"{shard}: is cut off or no .tar shard ({error}); fetch it again or remove "
+                        "it") from None
+    if not rest or rest.strip(b"\0"):
+        raise DataError(f"{shard}: is cut off or damaged at byte {archive.offset}, after "
+                        f"{len(files)} files; fetch it again or remove it")
+    return files
 
 
-def tidy(value):
-    """Texts on one line and without doubled spaces, also in lists."""
-    if isinstance(value, str):
-        return " ".join(value.split())
-    return [tidy(item) for item in value] if isinstance(value, (list, tuple)) else value
+def check_member(sample: dict) -> None:
+    """Unreadable if a shard holds something else by now where a sample's clip should be.
+
+    The 512 bytes before a member are its header, which says its name and size."""
+    path = sample["video"]
+    name = sample["member"]["name"]
+    offset = sample["member"]["offset"]
+    size = sample["member"]["size"]
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset - tarfile.BLOCKSIZE)
+            block = file.read(tarfile.BLOCKSIZE)
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except FileNotFoundError:
+        raise Unreadable(f"{path}: no such file") from None
+    except (OSError, ValueError, tarfile.TarError):
+        header = None
+    # A header has room for 100 bytes of a plain name. Other names lie in blocks before it.
+    is_whole_name = name.isascii() and len(name) <= 100
+    if header is None or header.size != size or is_whole_name and header.name != name:
+        raise Unreadable(f"{path}: holds no {name} of {size} bytes at byte {offset}; the shard has "
+                         "changed or is cut off: fetch it again, and start again")
+
+
+def captioned_samples(name: str, files: list[StoredFile], columns: Sequence[str]) -> Iterator[dict]:
+    """Samples of the clips that have a caption of their name beside them.
+
+    A picture beside a clip of its name is a thumbnail. Clips whose caption is missing, empty or
+    unreadable are left out and counted."""
+    clips = {}
+    sidecars = {}
+    left_out = collections.defaultdict(list)
+    for file in files:
+        key, ending = os.path.splitext(file.name)
+        ending = ending.lower()
+        if ending in SIDECARS:
+            sidecars[key + ending] = file
+        elif ending in MEDIA and (key not in clips or is_image(clips[key].fields())):
+            clips[key] = file
+        elif ending in MEDIA and ending not in IMAGES:
+            left_out["clips beside another clip of their name"].append(file.name)
+    for key, clip in clips.items():
+        try:
+            sample = captioned_sample(clip, sidecars.get(f"{key}.txt"), sidecars.get(f"{key}.json"),
+                                      columns)
+        except ValueError as error:                         # DataError and UnicodeDecodeError too
+            left_out["clips with an unreadable caption"].append(str(error))
+            continue
+        if any(texts_of(sample)):
+            yield sample
+        else:
+            left_out["clips without a caption"].append(clip.name)
+    report_left_out(name, left_out)
+
+
+def captioned_sample(clip: StoredFile, text: StoredFile | None, notes: StoredFile | None,
+                     columns: Sequence[str]) -> dict:
+    """The sample of a clip. Its caption is KEY.txt, else that in KEY.json, which may hold other
+    fields too. ValueError if one of them cannot be read."""
+    row = {}
+    if notes:
+        row = json.loads(notes.read())
+        if not isinstance(row, dict):
+            raise DataError(f"{notes.source_line}: is {row!r:.60}; expected a JSON object")
+    caption = text.read() if text else ""
+    if caption.strip():
+        row["text"] = caption
+    place = clip if clip.is_member else text or notes or clip
+    sample = sample_of_row(row, place.source_line, columns)
+    sample.update(clip.fields())
+    return sample
+
+
+def report_left_out(name: str, left_out: dict[str, list[str]]) -> None:
+    """Prints how many samples of a manifest are left out, and which is one of them."""
+    for reason, places in left_out.items():
+        print(f"{name}: left out {len(places)} {reason}, such as {places[0]}", file=sys.stderr)
+
+
+def table_samples(path: Path, columns: Sequence[str]) -> Iterator[dict]:
+    """Samples of a person's .csv or .tsv table, with absolute paths. Rows whose caption is empty
+    are left out and counted. DataError names the line of a row that cannot be read."""
+    left_out = collections.defaultdict(list)
+    captions = {column_of("text", columns), "text", *ALIASES["text"]}
+    for source_line, row in table_rows(path):
+        for column in columns:
+            if column_of(column.partition("=")[0], [column]) not in row:
+                raise DataError(f"{path}: --columns {column}: the table has no such column; its "
+                                f"columns are {', '.join(row)}")
+        sample = sample_of_row(row, source_line, columns)
+        sample["video"] = str(path.absolute().parent / need({**row, **sample}, "video"))
+        if captions & row.keys() and not any(texts_of(sample)) and "answer" not in sample:
+            left_out["rows without a caption"].append(source_line)
+        else:
+            yield sample
+    report_left_out(str(path), left_out)
+
+
+def sample_of_row(row: dict, source_line: str, columns: Sequence[str]) -> dict:
+    """The fields of a sample from the cells of a row. A column is named as its field, as `columns`
+    says or as in ALIASES. Numbers and lists are written as in JSON or Python: 1.5, ["a", "b"]."""
+    cells = {key.lower(): value for key, value in row.items() if value not in (None, "")}
+    sample = {"source_line": source_line}
+    for field, expected in FIELDS.items():
+        for name in (column_of(field, columns), field, *ALIASES.get(field, ())):
+            if name in cells:
+                sample[field] = cell_value(cells[name], expected)
+                break
+    return checked(sample, source_line)
+
+
+def column_of(field: str, columns: Sequence[str]) -> str | None:
+    """The column that --columns names for a field, in lower case, or None."""
+    for column in columns:
+        name, equals, value = column.lower().partition("=")
+        if not equals or name not in FIELDS:
+            raise DataError(f"--columns {column}: expected FIELD=COLUMN, with a FIELD of "
+                            f"{', '.join(FIELDS)}")
+        if name == field:
+            return value
+    return None
+
+
+def cell_value(cell: object, expected: str) -> object:
+    """What a cell of a table says, if it can be read as `expected` of FIELDS, else its text."""
+    cell = tidy(cell)
+    if not isinstance(cell, str) or is_as_expected(cell, expected):
+        return cell
+    if expected == FLAG:
+        cell = cell.lower()                                 # spreadsheets write TRUE
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            value = parse(cell)
+            if is_as_expected(value, expected):
+                return value
+    return cell
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """(source_line, {column in lower case: cell}) of each row of a .csv or .tsv table.
+
+    Cells are divided by commas, tabs or semicolons, whichever the header has most of. The file is
+    UTF-8, or UTF-16 with a byte order mark. DataError names the line that cannot be read."""
+    with open(path, encoding=text_encoding(path), newline="") as file:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        lines = []                              # those of the row that is being read
+        try:
+            header_line = file.readline()
+            delimiter = max(delimiter, ",", ";", "\t", key=header_line.count)
+            file.seek(0)
+            reader = csv.reader(remembered(file, lines), delimiter=delimiter)
+            header = [name.strip().lower() for name in next(reader, [])]
+            lines.clear()
+            for cells in reader:
+                number = reader.line_num - len(lines) + 1
+                refuse_stray_quote(path, number, lines, cells, delimiter, len(header))
+                if any(cell.strip() for cell in cells[len(header):]):
+                    raise DataError(f"{path}:{number}: has {len(cells)} cells, but the first line "
+                                    f"names {len(header)} columns; put a text that holds "
+                                    f"{delimiter!r} in quotes")
+                if cells:
+                    yield f"{path}:{number}", dict(zip(header, cells))
+                lines.clear()
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num - len(lines) + 1}: the row that begins here "
+                            f"cannot be read ({error}); does each quote in it close?") from None
+        except UnicodeError:
+            raise DataError(f"{path}:{undecodable_line(path)}: is not UTF-8; save the table again "
+                            'as UTF-8 (a spreadsheet calls it "CSV UTF-8")') from None
+
+
+def text_encoding(path: str | Path) -> str:
+    """The encoding of a text file: UTF-16 if it begins with that byte order mark, else UTF-8."""
+    with open(path, "rb") as file:
+        mark = file.read(2)
+    return "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def undecodable_line(path: Path) -> int:
+    """The number, from 1, of the line of a file that is not UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeError:
+                return number
+    return number
+
+
+def remembered(lines: Iterable[str], memory: list[str]) -> Iterator[str]:
+    """The lines; each is also appended to `memory`."""
+    for line in lines:
+        memory.append(line)
+        yield line
+
+
+def refuse_stray_quote(path: Path, number: int, lines: list[str], cells: list[str],
+                       delimiter: str, columns: int) -> None:
+    """DataError if a quote that is never closed has swallowed the rows after it.
+
+    lines: those of one row, `number` is that of the first. cells: of the row. In a row over
+    several lines that is written as it should be each quote closes, and no line of a cell looks
+    like a row itself."""
+    if len(lines) < 2:
+        return
+    is_open = "".join(lines).count('"') % 2 == 1
+    for cell in cells:
+        for line in re.split(r"\r\n|\r|\n", cell)[1:]:
+            is_open = is_open or looks_like_row(line, delimiter, columns)
+    if is_open:
+        quotes = itertools.accumulate(line.count('"') for line in lines)
+        number += [count % 2 for count in quotes].index(1)
+        raise DataError(f"{path}:{number}: a quote that opens here swallows the rows after it; "
+                        "close it, or write it twice in a cell that is in quotes")
+
+
+def looks_like_row(line: str, delimiter: str, columns: int) -> bool:
+    """Whether a line of a cell is rather a row of a table: it holds a tab where tabs divide cells,
+    or has several cells, one of which is a clip's file name or an id such as video7010."""
+    cells = [cell.strip(' "') for cell in line.split(delimiter)]
+    if len(cells) < 2:
+        return False
+    if delimiter == "\t":
+        return True
+    for cell in cells:
+        is_id = len(cells) >= columns and re.fullmatch(r"[\w/.-]*\d[\w/.-]*", cell)
+        if cell.lower().endswith(MEDIA) or is_id and len(cell) > 2:
+            return True
+    return False
 
 
 # ==== Order of visits =============================================================================
@@ -400,6 +870,7 @@ def read_frames(sample: dict, pick: Callable[[int], Sequence[int]], image_size: 
     """
     path, member = sample["video"], sample.get("member")
     if member:
+        check_member(sample)
         member = Member(member["offset"], member["size"], member["name"])
     window = {name: sample.get(name) for name in ("start", "end", "fps")}
     larger = int(1.2 * image_size)                                          # 268 for 224
@@ -1197,72 +1668,168 @@ def toy_split(folder, split, count, draw):
 
 # ---- the data doctor
 
-def examine(task):
-    """(frames, CPU seconds) that reading one sample as in training takes. Run by `check`."""
-    (sample, frames, size), counted, began = task, [], time.process_time()
+class Examination(NamedTuple):
+    """What is known of a line after reading its clip."""
+    sample: dict | None         # None: the line or its clip cannot be read
+    frames: int = 0             # that the clip has
+    seconds: float = 0.0        # of a CPU that reading the clip took
+    fault: str = ""             # why the line cannot be used, if it cannot
+    detail: str = ""            # "file:line" and the reason
+
+
+def examine(task: tuple[dict, int, int]) -> tuple[int, float]:
+    """(frames that a clip has, CPU seconds that reading it took), read as in training.
+    task: (sample, frames to read, pixels of the crop). `check` runs this in reading processes."""
+    sample, frames, image_size = task
+    began = time.process_time()
     if "options" in sample:
         right_option(sample)
     elif "question" in sample or "answer" in sample:
         need(sample, "answer")
     elif not texts_of(sample):
         need(sample, "text")
-    decode(sample["video"], lambda n: counted.append(n) or sample_frames(n, frames, False),
-           int(1.2 * size), *map(sample.get, ("start", "end", "fps")))
-    return counted[-1], time.process_time() - began
+    counts = []
+
+    def pick(count: int) -> list[int]:
+        counts.append(count)
+        return sample_frames(count, frames, train=False)
+
+    read_frames(sample, pick, image_size, resize="release", train=False)
+    return counts[-1], time.process_time() - began
 
 
-def check(manifest, workers=os.cpu_count(), timeout=60, frames=3, image_size=224, vocab=None,
-          max_text_len=40, gpu=400, columns=()):
-    """The data doctor: decodes every sample's frames; writes the usable lines to NAME.clean.jsonl.
-    Prints and returns {fault: [file:line and detail]}. Left out of the clean manifest: bad lines,
-    clips that are missing, unreadable, kill their reader or take longer than `timeout` seconds,
-    empty texts. Only told: clips of fewer than `frames` frames, texts of more than max_text_len
-    tokens of `vocab` (without one, words), captions that other clips have too.
-    gpu: clips/s that a GPU trains on, for the number of workers that feed it."""
-    source, found, drop = Manifest(manifest, columns), collections.defaultdict(list), set()
-    readers, seconds, first = Readers(examine, workers, timeout), [], {}
-    tokens = partial(Tokenizer.load(vocab).encode, max_len=10 ** 6) if vocab else str.split
+FATAL = "bad line", "missing file", "unreadable", "empty text"     # others are only reported
 
-    def visit(i):
+
+def check(manifest: str | Path, workers: int = os.cpu_count(), timeout: float = 60, frames: int = 3,
+          image_size: int = 224, vocab: str | None = None, max_text_len: int = 40, gpu: int = 400,
+          columns: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The data doctor: reads every sample as in training and writes the usable lines to
+    NAME.clean.jsonl (of a table a.csv: a.csv.clean.jsonl).
+
+    Prints and returns {fault: [file:line and detail]}.
+    Left out of the clean manifest are bad lines, empty texts, and clips that are missing,
+    unreadable, kill their reading process or take longer than --timeout seconds.
+    Only reported are clips of fewer than --frames frames, texts of more than --max_text_len
+    tokens of --vocab (without one: words), captions that several lines have, and lines that show
+    the same clip as another line, which a retrieval test counts as different clips.
+    --gpu: clips/s that a GPU trains on. The last line says how many reading processes feed it.
+    """
+    source = Manifest(manifest, columns)
+    readers = Readers(examine, workers, timeout)
+    count_tokens = token_counter(vocab)
+    faults = collections.defaultdict(list)
+    unusable = set()
+    seconds = []
+    earlier_lines = {}
+
+    def examine_line(i: int) -> Examination:
         try:
             sample = source[i]
-            return sample, *readers((sample, 1 if is_image(sample) else frames, image_size))
+            task = sample, 1 if is_image(sample) else frames, image_size
+            return Examination(sample, *readers(task))
         except DataError as error:
-            return "bad line", str(error), 0
+            return Examination(None, fault="bad line", detail=str(error))
         except Unreadable as error:
-            gone = str(error).endswith("no such file")
-            return "missing file" if gone else "unreadable", f"{sample['where']}: {error}", 0
+            fault = "missing file" if str(error).endswith("no such file") else "unreadable"
+            return Examination(None, fault=fault, detail=f"{sample['source_line']}: {error}")
 
-    for i, (sample, has, spent) in enumerate(readers.ahead(visit, range(len(source)), 64)):
+    for i, examined in enumerate(readers.ahead(examine_line, range(len(source)), depth=64)):
+        if examined.sample is None:
+            line_faults = [(examined.fault, examined.detail)]
+        else:
+            seconds.append(examined.seconds)
+            line_faults = list(clip_faults(examined, frames))
+            line_faults += text_faults(examined.sample, count_tokens, max_text_len)
+            line_faults += repetitions(examined.sample, earlier_lines)
+        for fault, detail in line_faults:
+            faults[fault].append(detail)
+            if fault in FATAL:
+                unusable.add(i)
         if i % 20 == 19:
-            print(f"\r{i + 1}/{len(source)} samples, {len(drop)} bad  ", end="", file=sys.stderr)
-        if isinstance(sample, str):                             # a fault, and what is wrong
-            found[sample].append(has)
-            drop.add(i)
-            continue
-        seconds.append(spent)
-        where, caption = sample["where"], sample.get("text")
-        if has < frames and not is_image(sample):
-            found["short clip"].append(f"{where}: has {has} frames, fewer than {frames}")
-        for text in texts_of(sample):
-            if not isinstance(text, str) or not text.strip():
-                found["empty text"].append(where)
-                drop.add(i)
-            elif len(tokens(text)) > max_text_len:
-                found["text too long"].append(f"{where}: {text:.60}...")
-        if caption and (line := first.setdefault(hash(caption), i + 1)) <= i:
-            found["duplicate caption"].append(f"{where}: as line {line}: {caption:.60}")
-    clean = Path(manifest).absolute().with_suffix(".clean.jsonl")
-    with open(source.paths[0], "rb") as lines, replacing(clean) as kept:
-        kept.writelines(line for i, line in enumerate(lines) if i not in drop and line.strip())
-    for fault, places in sorted(found.items()):
-        print(f"\n{fault}: {len(places)}, such as", *places[:20], sep="\n    ")
-    print(f"{len(source) - len(drop)} of {len(source)} samples are usable: {clean}")
-    if any(seconds):
+            print(f"\r{i + 1}/{len(source)} samples, {len(unusable)} bad  ", end="",
+                  file=sys.stderr)
+    for fault, details in sorted(faults.items()):
+        print(f"\n{fault}: {len(details)}, such as")
+        for detail in details[:20]:
+            print(f"    {printable(detail)}")
+    print(f"{len(source) - len(unusable)} of {len(source)} samples are usable: "
+          f"{write_clean(source, unusable, manifest)}")
+    if sum(seconds) > 0:
         rate = len(seconds) / sum(seconds)
+        processes = math.ceil(gpu / rate)
         print(f"your clips decode at {rate:.0f} per CPU-second: a GPU that trains on {gpu} clips/s "
-              f"needs {gpu / rate:.1f} workers")
-    return dict(found)
+              f"needs {processes} reading processes (--workers {processes}), each with a free CPU "
+              "core")
+    return dict(faults)
+
+
+def clip_faults(examined: Examination, frames: int) -> Iterator[tuple[str, str]]:
+    """(fault, detail) of what a clip lacks for reading `frames` different frames of it."""
+    sample = examined.sample
+    if examined.frames < frames and not is_image(sample):
+        yield "short clip", (f"{sample['source_line']}: has {examined.frames} frames, fewer than "
+                             f"{frames}")
+
+
+def text_faults(sample: dict, count_tokens: Callable[[str], int],
+                max_text_len: int) -> Iterator[tuple[str, str]]:
+    """(fault, detail) of each text of a sample that is empty or will be cut."""
+    for text in texts_of(sample):
+        if not text.strip():
+            yield "empty text", sample["source_line"]
+        elif count_tokens(text) > max_text_len:
+            yield "text too long", f"{sample['source_line']}: {text:.60}..."
+
+
+def repetitions(sample: dict, earlier_lines: dict[int, str]) -> Iterator[tuple[str, str]]:
+    """(fault, detail) if an earlier line has the same caption, or is of the same clip.
+    earlier_lines: {hash of a caption or a clip: its line}, to which this line is added."""
+    source_line = sample["source_line"]
+    text = sample.get("text")
+    if text:
+        line = earlier_lines.setdefault(hash(text), source_line)
+        if line != source_line:
+            yield "duplicate caption", f"{source_line}: as {line}: {text:.60}"
+    if text or "texts" in sample:
+        member = sample.get("member", {})
+        shown = sample["video"], member.get("offset"), sample.get("start"), sample.get("end")
+        line = earlier_lines.setdefault(hash(shown), source_line)
+        if line != source_line:
+            yield "repeated clip", (f'{source_line}: as {line}; for retrieval, write one line with '
+                                    'all of its "texts"')
+
+
+def token_counter(vocab: str | None) -> Callable[[str], int]:
+    """A function that counts the tokens of a text; without a vocabulary, its words."""
+    if vocab is None:
+        return lambda text: len(text.split())
+    tokenizer = Tokenizer.load(vocab)
+    return lambda text: len(tokenizer.encode(text, max_len=10 ** 6))
+
+
+def printable(text: str) -> str:
+    """A text that any terminal takes: paths may hold bytes that are not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def write_clean(source: Manifest, unusable: set[int], manifest: str | Path) -> str:
+    """Writes the usable lines of a manifest beside it. Returns the path, or why none is written.
+
+    The name tells a.jsonl, a.csv and a folder a apart, which may stand side by side."""
+    if len(unusable) == len(source):
+        return "no clean manifest is written"
+    path = Path(manifest).absolute()
+    name = path.stem if path.suffix == ".jsonl" else path.name
+    if path.is_dir():
+        name += ".folder"
+    clean = path.with_name(f"{name}.clean.jsonl")
+    with replacing(clean) as file:
+        for i in range(len(source)):
+            if i not in unusable:
+                line, _ = source.line(i)
+                file.write(line.strip() + b"\n")
+    return str(clean)
 
 
 # ---- data sets: from each original public release to manifests

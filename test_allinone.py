@@ -25,6 +25,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 import tracemalloc
@@ -1522,7 +1523,23 @@ def test_sampled_frames_cover_every_frame_of_every_segment():             # Sec.
     assert sample_frames(2, 3, True) == [0, 0, 1] and sample_frames(1, 3, False) == [0, 0, 0]
 
 
-def test_five_million_lines_are_indexed_once_and_cost_neither_time_nor_memory(tmp_path):
+# ---- Manifests: lines, tables, folders, shards ---------------------------------------------------
+
+def samples_of(paths, columns=()) -> list[dict]:
+    """The samples of a manifest without what tests of other fields need."""
+    samples = list(Manifest(paths, columns))
+    for sample in samples:
+        sample["video"] = Path(sample["video"]).name
+        del sample["source_line"], sample["where"]
+    return samples
+
+
+def source_lines(paths) -> list[str]:
+    """file:line of each sample, without the folder."""
+    return [Path(sample["source_line"]).name for sample in Manifest(paths)]
+
+
+def test_five_million_lines_are_indexed_once(tmp_path):
     lines, path = 5_000_000 if FULL else 200_000, tmp_path / "m.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(f'{{"video": "{i:08}.mp4", "text": "caption {i} of a café’s clip, which is '
@@ -1542,40 +1559,360 @@ def test_five_million_lines_are_indexed_once_and_cost_neither_time_nor_memory(tm
     tracemalloc.stop()
     print(f"{lines} lines, {path.stat().st_size / 1e6:.0f} MB: indexed at {rate:.0f} MB per CPU-s, "
           f"opened in {opening:.4f} s, at most {peak / 1e3:.0f} kB in memory")
-    assert len(manifest) == lines and rate > 100 and opening < 1 and peak < 500e3
+    assert len(manifest) == lines
+    assert rate > 100
+    assert opening < 1
+    assert peak < 500e3
     assert len(pickle.dumps(manifest)) < 2000                             # what a worker is sent
     assert os.stat(f"{path}.idx").st_mtime_ns == built
-    with open(path, "a") as file:
-        file.write('{"video": "last.mp4"}\n\n \n')                       # blank lines at the end
-    both = Manifest([path, path])                                         # indexed again
-    assert len(both) == 2 * lines + 2 and both[lines + 1]["where"] == f"{path}:1"
-    assert both[2 * lines + 1] == {"video": str(tmp_path / "last.mp4"),
-                                   "where": f"{path}:{lines + 1}"}
-    assert both.after(lines, 2) == 1 and both.after(2 * lines + 1, 1) == lines + 1   # round its own
 
 
-def test_a_bad_line_is_named_by_file_and_line(tmp_path):
-    (tmp_path / "m.jsonl").write_text(
-        '{"video": "a.mp4"}\n{"video": "a.mp4", text}\n{"text": "no film"}\n\n{"video": "b"}\n'
-        '{"video": "c", "start": "1.5"}\n[1]\n{"video": "\xe9"}', encoding="latin-1")
-    assert Manifest(tmp_path / "m.jsonl")[4]["video"] == str(tmp_path / "b")
-    for name, content, line, complaint in [
-            ("m.jsonl", None, 2, "not JSON"), ("m.jsonl", None, 4, "not JSON"),
-            ("m.jsonl", None, 3, 'lacks "video"; its keys are text'),
-            ("m.jsonl", None, 6, "\"start\" is '1.5'; expected int or float"),
-            ("m.jsonl", None, 7, "expected a JSON object"), ("m.jsonl", None, 8, "not JSON"),
-            ("a.csv", "path,start\na,0.5\nb,soon", 3, "\"start\" is 'soon'; expected int or"),
-            ("b.csv", 'path,texts\na,"[\'x\']"\nb,x;y', 3, "\"texts\" is 'x;y'; expected list"),
-            ("c.tsv", "name\ttext\na.mp4\tx", 2, 'lacks "video"; .* name, text .*--columns')]:
-        if content:
-            (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=f"{name}:{line}: .*{complaint}") as caught:
-            Manifest(tmp_path / name)[line - 1]
-        assert "\n" not in str(caught.value)
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    for name, complaint in [("empty.jsonl", "no samples"), ("none.jsonl", "no such manifest")]:
-        with pytest.raises(DataError, match=complaint):
-            Manifest(tmp_path / name)
+def test_blank_lines_are_no_samples(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('\n{"video": "a"}\n\n \t\n{"video": "b"}\r\n{"video": "c"}\n\n \n')
+    assert [sample["video"] for sample in samples_of(path)] == ["a", "b", "c"]
+    assert source_lines(path) == ["m.jsonl:2", "m.jsonl:5", "m.jsonl:6"]
+
+
+def test_a_changed_manifest_is_indexed_again(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"video": "a"}\n{"video": "b"}')
+    before = Manifest(path).contents()
+    assert before[0][:2] == [str(path), 2]
+    path.write_text('{"video": "aa"}\n\n{"video": "c"}\n{"video": "d"}\n')
+    assert [sample["video"] for sample in samples_of(path)] == ["aa", "c", "d"]
+    path.write_text('{"video": "a"}\n{"video": "c"}')                   # as long as it was
+    assert Manifest(path).contents() != before
+
+
+def test_several_manifests_follow_one_another(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"video": "a0"}\n{"video": "a1"}\n{"video": "a2"}\n')
+    (tmp_path / "b.jsonl").write_text('{"video": "b0"}\n{"video": "/b1"}\n')
+    both = Manifest([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert [sample["video"] for sample in both] == [
+        *(str(tmp_path / name) for name in ("a0", "a1", "a2", "b0")), "/b1"]
+    assert both[3]["source_line"] == f"{tmp_path}/b.jsonl:1"
+    assert [both.locate(i) for i in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [both.after(1, steps) for steps in range(4)] == [1, 2, 0, 1]   # round its own manifest
+    assert [both.after(4, steps) for steps in range(3)] == [4, 3, 4]
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ('{"video": "a.mp4", text}', "not JSON"),
+    ('{"video": "\xe9"}', "not JSON"),                                    # written as Latin-1
+    ('{"text": "no film"}', 'lacks "video"; its keys are text'),
+    ('{"path": "a.mp4"}', 'lacks "video"; rename "path" to "video"'),
+    ('{"viedo": "a.mp4"}', 'lacks "video"; rename "viedo" to "video"'),
+    ("[1]", "is \\[1\\]; expected a JSON object"),
+    ('{"video": 7}', '"video" is 7; expected a text'),
+    ('{"video": "a", "start": "1.5"}', "\"start\" is '1.5'; expected a finite number"),
+    ('{"video": "a", "start": NaN}', '"start" is nan; expected a finite number'),
+    ('{"video": "a", "end": 1e999}', '"end" is inf; expected a finite number'),
+    ('{"video": "a", "end": -Infinity}', '"end" is -inf; expected a finite number'),
+    ('{"video": "a", "start": true}', '"start" is True; expected a finite number'),
+    ('{"video": "a", "fps": 0}', '"fps" is 0; expected frames a second, more than 0'),
+    ('{"video": "a", "start": 3, "end": 2}', '"end" is 2, before "start", 3'),
+    ('{"video": "a", "captions": [[0, NaN, "x"]]}', '"captions" is .*; expected a list of'),
+    ('{"video": "a", "captions": [[0, 1]]}', '"captions" is .*; expected a list of'),
+    ('{"video": "a", "boxes": [[0, 1, 2, 3, "x"]]}', '"boxes" is .*; expected a list of'),
+    ('{"video": "a", "texts": "x"}', "\"texts\" is 'x'; expected a list of texts"),
+    ('{"video": "a", "options": ["x", 1]}', '"options" is .*; expected a list of texts'),
+    ('{"video": "a", "answer": 1.0}', '"answer" is 1.0; expected an integer or a text'),
+    ('{"video": "a", "image": 1}', '"image" is 1; expected true or false'),
+    ('{"video": "a", "member": {"name": "b"}}', '"member" is .*; expected {"name": text'),
+])
+def test_a_bad_line_is_named(line, complaint, tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"video": "a.mp4"}\n' + line + '\n{"video": "b.mp4"}\n', encoding="latin-1")
+    manifest = Manifest(path)
+    assert manifest[2]["video"] == str(tmp_path / "b.mp4")                # others can be read
+    with pytest.raises(DataError, match=f"m.jsonl:2: .*{complaint}") as error:
+        manifest[1]
+    assert "\n" not in str(error.value)
+
+
+def test_every_field_of_a_good_line_is_kept(tmp_path):
+    fields = {"text": "a", "texts": ["a", "b"], "captions": [[0, 1.5, "a"]], "question": "a?",
+              "options": ["a", "b"], "answer": 1, "start": 0, "end": 2.5, "fps": 3,
+              "boxes": [[0, 1, 2, 3, 4.5]], "kind": "x", "image": False, "id": {"any": "thing"},
+              "member": {"name": "a.mp4", "offset": 512, "size": 3}}
+    (tmp_path / "m.jsonl").write_text(jsonl({"video": "a.tar", "note": None, **fields}))
+    assert samples_of(tmp_path / "m.jsonl") == [{"video": "a.tar", **fields}]
+
+
+@pytest.mark.parametrize("name, content, complaint", [
+    ("empty.jsonl", b"\n\n", "empty.jsonl: no samples"),
+    ("u.jsonl", '{"video": "a"}\n'.encode("utf-16"), "u.jsonl: is UTF-16; save it as UTF-8"),
+    ("a.tar.gz", b"x", "a.tar.gz: is compressed; unpack it"),
+    ("a.zip", b"x", "a.zip: is compressed; unpack it"),
+    ("none.jsonl", None, "none.jsonl: no such manifest"),
+    ("none.csv", None, "none.csv: no such manifest"),
+    ("none.tar", None, "none.tar: no such manifest"),
+])
+def test_what_is_no_manifest_is_named(name, content, complaint, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        Manifest(tmp_path / name)
+
+
+def test_half_an_emoji_is_replaced(tmp_path):
+    # A program that cuts a text after so many units of UTF-16 leaves half of the last emoji.
+    path = tmp_path / "m.jsonl"
+    line = r'{"video": "a", "text": "a dog \ud83d", "options": ["\ude00", "\ud83d\ude00"]}'
+    path.write_text(line)
+    (sample,) = samples_of(path)
+    assert sample["text"] == "a dog \N{REPLACEMENT CHARACTER}"
+    assert sample["options"] == ["\N{REPLACEMENT CHARACTER}", "\N{GRINNING FACE}"]
+    assert Tokenizer.train(["a dog"], 50).encode(sample["text"], 10)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"video": "a"}\n', encoding="utf-8-sig")
+    (tmp_path / "t.csv").write_text("video,text\na,x\n", encoding="utf-8-sig")
+    assert samples_of(tmp_path / "m.jsonl") == [{"video": "a"}]
+    assert samples_of(tmp_path / "t.csv") == [{"video": "a", "text": "x"}]
+
+
+@pytest.mark.parametrize("name, content, columns, expected", [
+    ("a.csv", 'path,caption\na.mp4,"a ""red"" dog,\nruns"\n', (), {"text": 'a "red" dog, runs'}),
+    ("a.csv", 'text,path\n"a dog,\nruns",a.mp4\n', (), {"text": "a dog, runs"}),
+    ("a.csv", "video,text\na.mp4,a 5\" disk\n", (), {"text": 'a 5" disk'}),
+    ("a.csv", "video;text\na.mp4;a dog, it runs\n", (), {"text": "a dog, it runs"}),
+    ("a.csv", "video\ttext\na.mp4\ta dog, it runs\n", (), {"text": "a dog, it runs"}),
+    ("a.csv", "video,text,,\na.mp4,a dog,,\n\n", (), {"text": "a dog"}),   # a spreadsheet's
+    ("a.csv", "video,text,image\na.mp4,a dog,TRUE\n", (), {"text": "a dog", "image": True}),
+    ("a.csv", "video,question,answer\na.mp4,how many?,2\n", (),
+     {"question": "how many?", "answer": "2"}),
+    ("a.tsv", "file\tTitle\tstart\tTexts\na.mp4\ta, cat\t.5\t['x', 'y  z']\n", (),
+     {"text": "a, cat", "start": 0.5, "texts": ["x", "y z"]}),
+    ("a.tsv", 'video\ttexts\na.mp4\t["x", "it\'s"]\n', (), {"texts": ["x", "it's"]}),
+    ("a.csv", "name,en,text\na.mp4,a cow,eine Kuh\n", ["video=name", "text=EN"], {"text": "a cow"}),
+])
+def test_a_table_is_a_manifest(name, content, columns, expected, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert samples_of(tmp_path / name, columns) == [{"video": "a.mp4", **expected}]
+
+
+def test_a_utf_16_table_is_read(tmp_path):                                # "Unicode text" of Excel
+    (tmp_path / "a.csv").write_text("video\ttext\na.mp4\tein Hündchen\n", encoding="utf-16")
+    assert samples_of(tmp_path / "a.csv") == [{"video": "a.mp4", "text": "ein Hündchen"}]
+
+
+def test_rows_are_named_by_their_line(tmp_path):
+    (tmp_path / "a.csv").write_text('video,text\na.mp4,"x\ny"\n\nb.mp4,z\n')
+    assert source_lines(tmp_path / "a.csv") == ["a.csv:2", "a.csv:5"]
+
+
+def test_rows_without_a_caption_are_counted(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("video,text,answer\na,x,\nb,,\nc, ,\nd,,yes\n")
+    assert [sample["video"] for sample in samples_of(tmp_path / "a.csv")] == ["a", "d"]
+    assert "left out 2 rows without a caption, such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv"])
+@pytest.mark.parametrize("name", ["clips/{}.mp4", "video{}"])
+@pytest.mark.parametrize("quoted", [
+    {3: '"cat 3'},                              # never closed
+    {9: '"cat 9\nand more'},                    # never closed in the last row
+    {3: '"cat 3', 6: '"small" cat 6'},          # ends where the next quote begins
+    {3: '"cat 3', 6: 'cat 6"'},                 # closed by another stray quote
+])
+def test_a_stray_quote_swallows_no_rows(quoted, name, ending, tmp_path):
+    delimiter = {"tsv": "\t", "csv": ","}[ending]
+    lines = [f"{name.format(100 + i)}{delimiter}{quoted.get(i, 'a cat')}" for i in range(10)]
+    path = tmp_path / f"a.{ending}"
+    path.write_text(f"video{delimiter}text\n" + "\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=f"a.{ending}:{min(quoted) + 2}: a quote that opens here"):
+        Manifest(path)
+
+
+@pytest.mark.parametrize("content, line, complaint", [
+    ("path,start\na,0.5\nb,soon\n", 3, "\"start\" is 'soon'; expected a finite number"),
+    ("path,start\na,nan\n", 2, '"start" is .*; expected a finite number'),
+    ("path;start\na;2,5\n", 2, "\"start\" is '2,5'; expected a finite number"),
+    ("path,texts\na,\"['x']\"\nb,x;y\n", 3, "\"texts\" is 'x;y'; expected a list of texts"),
+    ("path,text\na.mp4,a dog, it runs\n", 2, "has 3 cells, but the first line names 2 columns"),
+    ("name,text\na.mp4,x\n", 2, 'lacks "video"; .* name, text .*--columns video=NAME'),
+    ("path,text\na,x\nb," + "x" * 140_000, 3, "the row that begins here cannot be read"),
+    ("path,text\na,x\nb,\xfc\n", 3, "is not UTF-8; save the table again as UTF-8"),
+])
+def test_a_bad_row_is_named(content, line, complaint, tmp_path):
+    (tmp_path / "a.csv").write_text(content, encoding="cp1252")
+    with pytest.raises(DataError, match=f"a.csv:{line}: {complaint}") as error:
+        Manifest(tmp_path / "a.csv")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("columns, complaint", [
+    (["text=en"], "--columns text=en: the table has no such column; its columns are video, text"),
+    (["text"], "--columns text: expected FIELD=COLUMN"),
+    (["caption=text"], "--columns caption=text: expected FIELD=COLUMN, with a FIELD of video, te"),
+])
+def test_a_wrong_column_is_refused(columns, complaint, tmp_path):
+    (tmp_path / "a.csv").write_text("video,text\na.mp4,x\n")
+    with pytest.raises(DataError, match=complaint):
+        Manifest(tmp_path / "a.csv", columns)
+
+
+def test_a_changed_table_is_read_again(tmp_path):
+    (tmp_path / "a.csv").write_text("video,text\na.mp4,x\n")
+    assert samples_of(tmp_path / "a.csv") == [{"video": "a.mp4", "text": "x"}]
+    (tmp_path / "a.csv").write_text("video,text\na.mp4,xx\n")
+    assert samples_of(tmp_path / "a.csv") == [{"video": "a.mp4", "text": "xx"}]
+
+
+# Files of a folder or of a shard, and the samples that they make.
+CAPTIONED = [
+    ({"a.mp4": "", "a.txt": "a cat\n sleeps"}, [("a.mp4", "a cat sleeps")]),
+    ({"a.mp4": "", "a.json": '{"caption": "a cat", "key": "a"}'}, [("a.mp4", "a cat")]),
+    ({"a.mp4": "", "a.json": '{"caption": "a cat"}', "a.txt": "a dog"}, [("a.mp4", "a dog")]),
+    ({"a.mp4": "", "a.json": '{"caption": "a cat"}', "a.txt": "\n"}, [("a.mp4", "a cat")]),
+    ({"a.jpg": "", "a.mp4": "", "a.txt": "x"}, [("a.mp4", "x")]),         # a thumbnail
+    ({"a.mp4": "", "a.png": "", "a.txt": "x"}, [("a.mp4", "x")]),
+    ({"a.jpg": "", "a.txt": "x"}, [("a.jpg", "x")]),
+    ({"s/a.b.mkv": "", "s/a.b.txt": "x", "s/a.mkv": "", "s/a.txt": "y"},
+     [("s/a.b.mkv", "x"), ("s/a.mkv", "y")]),
+    ({"a.MP4": "", "a.TXT": "x", "._a.mp4": "", "._a.txt": "\xff"}, [("a.MP4", "x")]),
+]
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="latin-1")
+
+
+def write_shard(path, files, form=tarfile.PAX_FORMAT):
+    """An uncompressed .tar of {name: bytes or text}."""
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, content in files.items():
+            content = content if isinstance(content, bytes) else content.encode("latin-1")
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("files, expected", CAPTIONED)
+def test_a_folder_of_captioned_clips_is_a_manifest(files, expected, tmp_path):
+    write_files(tmp_path, files)
+    found = [(sample["video"], sample["text"]) for sample in Manifest(tmp_path)]
+    assert found == [(str(tmp_path / name), text) for name, text in expected]
+
+
+@pytest.mark.parametrize("files, expected", CAPTIONED)
+def test_a_shard_of_captioned_clips_is_a_manifest(files, expected, tmp_path):
+    shard = write_shard(tmp_path / "0.tar", files)
+    samples = list(Manifest(shard))
+    assert [(sample["member"]["name"], sample["text"]) for sample in samples] == expected
+    for sample, (name, _) in zip(samples, expected):
+        assert sample["video"] == str(shard)
+        assert sample["source_line"] == f"{shard}:{name}"
+        assert data.is_image(sample) == name.endswith((".jpg", ".png"))
+
+
+def test_clips_without_a_readable_caption_are_counted(tmp_path, capsys):
+    files = {"a.mp4": "", "a.txt": "x", "b.mp4": "", "c.mp4": "", "c.txt": " ", "d.mp4": "",
+             "d.json": "[1]", "e.mp4": "", "e.txt": "\xff", "f.mp4": "", "f.webm": "", "f.txt": "x"}
+    (tmp_path / "folder").mkdir()
+    write_files(tmp_path / "folder", files)
+    write_shard(tmp_path / "0.tar", files)
+    for path in (tmp_path / "folder", tmp_path / "0.tar"):
+        assert [sample["text"] for sample in Manifest(path)] == ["x", "x"]
+        printed = capsys.readouterr().err
+        assert f"{path}: left out 2 clips without a caption, such as" in printed
+        assert "left out 2 clips with an unreadable caption, such as" in printed
+        assert "left out 1 clips beside another clip of their name, such as" in printed
+
+
+def test_a_changed_folder_is_read_again(tmp_path):
+    write_files(tmp_path, {"a.mp4": "", "a.txt": "x"})
+    assert samples_of(tmp_path) == [{"video": "a.mp4", "text": "x"}]
+    write_files(tmp_path, {"a.txt": "yy"})
+    assert samples_of(tmp_path) == [{"video": "a.mp4", "text": "yy"}]
+    write_files(tmp_path, {"b.mp4": "", "b.txt": "z"})
+    assert [sample["text"] for sample in samples_of(tmp_path)] == ["yy", "z"]
+
+
+LONG = "clips/" + "long" * 40 + "ä.mp4"
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("name", ["a.mp4", LONG])
+def test_a_member_is_its_range_of_bytes(form, name, tmp_path):
+    files = {"b.mp4": b"before", name: b"0123456789" * 300, "c.mp4": b"after"}
+    files.update({key[:-4] + ".txt": "x" for key in list(files)})
+    shard = write_shard(tmp_path / "0.tar", files, form)
+    samples = list(Manifest(shard))
+    assert [sample["member"]["name"] for sample in samples] == ["b.mp4", name, "c.mp4"]
+    for sample in samples:
+        member = sample["member"]
+        content = shard.read_bytes()[member["offset"]:][:member["size"]]
+        assert content == files[member["name"]]
+        data.check_member(sample)                                         # as it should be
+
+
+def test_shards_of_one_folder_are_one_manifest(tmp_path):
+    for folder, names in ("a", "01"), ("b", "2"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            write_shard(tmp_path / folder / f"{name}.tar", {"k.mp4": "", "k.txt": f"text {name}"})
+    shards = [tmp_path / name for name in ("a/0.tar", "a/1.tar", "b/2.tar")]
+    listed = Manifest(shards)
+    assert listed.sizes == [2, 1]
+    assert listed.names == [f"{tmp_path}/a/0.tar to 1.tar", f"{tmp_path}/b/2.tar"]
+    texts = ["text 0", "text 1", "text 2"]
+    assert [sample["text"] for sample in listed] == texts
+    assert [sample["text"] for sample in Manifest(tmp_path)] == texts     # a folder of shards
+
+
+def test_headers_of_shards_are_read_once(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a.mp4": "", "a.txt": "x"})
+    built = Manifest(shard).paths[0]
+    time_built = built.stat().st_mtime_ns
+    assert Manifest(shard).paths == [built]
+    assert built.stat().st_mtime_ns == time_built
+    os.utime(shard, ns=(0, 0))
+    assert Manifest(shard).paths != [built]
+
+
+@pytest.mark.parametrize("cut", [300, 512, 1000, 1536, 1700, 2560, 3072])
+def test_a_shard_that_is_cut_off_is_named(cut, tmp_path):
+    files = {"a.mp4": b"x" * 600, "a.txt": "x", "b.mp4": b"y", "b.txt": "y"}
+    whole = write_shard(tmp_path / "0.tar", files).read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[:cut])
+    with pytest.raises(DataError, match="1.tar: is cut off or .*; fetch it again or remove it"):
+        Manifest([tmp_path / "0.tar", tmp_path / "1.tar"])
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar" * 200, b"whole, then another"])
+def test_what_is_no_shard_is_named(content, tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a.mp4": "", "a.txt": "x"})
+    if content.startswith(b"whole"):
+        content = shard.read_bytes() * 2                                  # joined by cat
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="0.tar: is cut off or "):
+        Manifest(shard)
+
+
+@pytest.mark.parametrize("files", [
+    {"b.mp4": "0123456789", "b.txt": "x"},                                # another name
+    {"a.mp4": "01234567890", "a.txt": "x"},                               # another size
+    {"z.txt": "x" * 1000, "a.mp4": "0123456789", "a.txt": "x"},           # another place
+    {},
+    None])
+def test_a_shard_that_has_changed_is_named(files, tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a.mp4": "0123456789", "a.txt": "x"})
+    (sample,) = Manifest(shard)
+    if files is None:
+        shard.unlink()
+    else:
+        write_shard(shard, files)
+    with pytest.raises(Unreadable, match="0.tar: (holds no a.mp4 of 10 bytes|no such file)"):
+        data.check_member(sample)
+    with pytest.raises(Unreadable, match="0.tar"):
+        data.read_frames(sample, range, 32, "release", train=False)
 
 
 @pytest.mark.parametrize("sizes, mix", [([50], ()), ([50, 20], ()), ([50, 20], (1, 3))])
@@ -1858,27 +2195,96 @@ def test_a_deadline_is_that_of_a_task_and_a_reader_ends_with_its_trainer():
         time.sleep(0.1)
 
 
-def test_the_data_doctor_names_every_fault_and_writes_a_clean_manifest(tmp_path, capsys):
-    film(tmp_path / "a.mp4", "n=12")
+FAULTS = [  # a line, and the faults that the data doctor finds in it
+    ({"video": "a.mp4", "text": "a dog"}, []),
+    ({"video": "gone.mp4", "text": "a cat"}, ["missing file"]),
+    ({"video": "bad.mp4", "text": "a cow"}, ["unreadable"]),
+    ({"video": "short.mp4", "text": "a hen"}, ["short clip"]),
+    ({"video": "a.png", "text": "a fox"}, []),                            # an image has one frame
+    ({"video": "a.mp4", "text": " ", "start": 0.1}, ["empty text"]),
+    ({"video": "a.mp4", "text": "so many words " * 20, "start": 0.15}, ["text too long"]),
+    ({"video": "b.mp4", "text": "a dog"}, ["duplicate caption"]),
+    ({"video": "a.mp4", "text": "a pig"}, ["repeated clip"]),
+    ({"video": "a.mp4", "text": "a pug", "end": 0.3}, []),                # another part of it
+    ({"video": "a.mp4"}, ["bad line"]),
+    ({"video": "a.mp4", "text": "x", "start": math.nan}, ["bad line"]),
+    ({"video": "a.mp4", "options": ["a", "b"], "answer": 2}, ["bad line"]),
+    ({"video": "a.mp4", "options": ["a", "b"], "answer": 1}, []),
+    ({"video": "a.mp4", "question": "a?"}, ["bad line"]),
+    ({"video": "a.mp4", "question": "a?", "answer": "a"}, []),
+    ({"video": "a.mp4", "captions": [[0, 1]]}, ["bad line"]),
+    ({"video": "a.mp4", "text": "half \ud83d"}, ["repeated clip"]),
+]
+
+
+@pytest.fixture
+def faulty(tmp_path) -> Path:
+    """A manifest of the lines of FAULTS."""
+    for name in ("a.mp4", "b.mp4"):
+        film(tmp_path / name, "n=12")
     film(tmp_path / "short.mp4", "n=2")
+    picture(tmp_path / "a.png")
     (tmp_path / "bad.mp4").write_bytes(b"no film")
-    lines = [{"video": "a.mp4", "text": "a dog"}, {"video": "gone.mp4", "text": "a cat"},
-             {"video": "bad.mp4", "text": "a cow"}, {"video": "short.mp4", "text": "a dog"},
-             {"video": "a.mp4", "text": " "}, {"video": "a.mp4", "text": "so many words " * 20},
-             {"video": "a.mp4"}, {"video": "a.mp4", "options": ["a", "b"], "answer": 2},
-             {"video": "a.mp4", "captions": [[0, 1]]}]
-    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nno JSON")
-    found = data.check(tmp_path / "m.jsonl", workers=1, timeout=30)
-    assert {fault: [int(place.split(":")[1].split()[0]) for place in places]
-            for fault, places in found.items()} == {
-        "missing file": [2], "unreadable": [3], "short clip": [4], "duplicate caption": [4],
-        "empty text": [5], "text too long": [6], "bad line": [7, 8, 9, 10]}
-    clean = Manifest(tmp_path / "m.clean.jsonl")
-    assert [clean[i]["text"][:7] for i in range(len(clean))] == ["a dog", "a dog", "so many"]
-    (tmp_path / "t.csv").write_text("name,said\na.mp4,a dog\n")
-    assert data.check(tmp_path / "t.csv", workers=0, columns=["video=name", "text=said"]) == {}
-    assert re.search(r"3 of 10 samples are usable: .*\n.*decode at \d+ per CPU-second: .* 400 "
-                     r"clips/s needs [\d.]+ workers", capsys.readouterr().out)
+    (tmp_path / "m.jsonl").write_text(jsonl(*(line for line, _ in FAULTS)) + "\nno JSON\n")
+    return tmp_path / "m.jsonl"
+
+
+def test_the_data_doctor_names_every_fault(faulty):
+    expected = collections.defaultdict(list)
+    for number, (_, faults) in enumerate(FAULTS, 1):
+        for fault in faults:
+            expected[fault].append(number)
+    expected["bad line"].append(len(FAULTS) + 2)                          # a blank one comes before
+    found = {}
+    for fault, details in data.check(faulty, workers=1, timeout=30).items():
+        found[fault] = [int(re.match(r".*?m\.jsonl:(\d+)", detail)[1]) for detail in details]
+    assert found == expected
+
+
+def test_the_clean_manifest_holds_the_usable_lines(faulty, capsys):
+    data.check(faulty, workers=0)
+    clean = Manifest(faulty.with_name("m.clean.jsonl"))
+    fatal = {"missing file", "unreadable", "empty text", "bad line"}
+    usable = [line for line, faults in FAULTS if not fatal & set(faults)]
+    assert [sample.get("text") for sample in clean] == [
+        line.get("text", "").replace("\ud83d", "\ufffd") or None for line in usable]
+    assert f"{len(usable)} of {len(FAULTS) + 1} samples are usable: " in capsys.readouterr().out
+    assert not data.check(faulty.with_name("m.clean.jsonl"), workers=0).keys() & fatal
+
+
+def test_no_clean_manifest_is_written_without_lines(faulty, capsys):
+    faulty.write_text('{"video": "gone.mp4", "text": "x"}\n')
+    faulty.with_name("m.clean.jsonl").write_text("that of an earlier check")
+    data.check(faulty, workers=0)
+    assert "0 of 1 samples are usable: no clean manifest is written" in capsys.readouterr().out
+    assert faulty.with_name("m.clean.jsonl").read_text() == "that of an earlier check"
+
+
+def test_each_manifest_has_a_clean_one(tmp_path):
+    film(tmp_path / "a.mp4", "n=12")
+    (tmp_path / "a").mkdir()
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "a" / "a.mp4")
+    write_files(tmp_path, {"a/a.txt": "folder", "a.csv": "video,text\na.mp4,csv\n",
+                           "a.tsv": "video\ttext\na.mp4\ttsv\n",
+                           "a.jsonl": '{"video": "a.mp4", "text": "jsonl"}'})
+    write_shard(tmp_path / "a.tar", {"a.mp4": (tmp_path / "a.mp4").read_bytes(), "a.txt": "tar"})
+    for name in ("a", "a.csv", "a.tsv", "a.jsonl"):
+        assert data.check(tmp_path / name, workers=0) == {}
+    for name, text in [("a.folder", "folder"), ("a.csv", "csv"), ("a.tsv", "tsv"), ("a", "jsonl")]:
+        (sample,) = Manifest(tmp_path / f"{name}.clean.jsonl")
+        assert sample["text"] == text
+
+
+def test_the_data_doctor_says_how_many_processes(tmp_path, capsys):
+    film(tmp_path / "a.mp4", "n=12")
+    (tmp_path / "a.csv").write_text("name,said\na.mp4,a dog\n")
+    columns = ["video=name", "text=said"]
+    assert data.check(tmp_path / "a.csv", workers=0, gpu=1000, columns=columns) == {}
+    rate, processes, workers = re.search(
+        r"your clips decode at (\d+) per CPU-second: a GPU that trains on 1000 clips/s needs "
+        r"(\d+) reading processes \(--workers (\d+)\)", capsys.readouterr().out).groups()
+    assert abs(int(processes) - 1000 / int(rate)) < 1.1
+    assert workers == processes
 
 
 # ---- Every data set in its owners' form ----------------------------------------------------------
@@ -2086,30 +2492,6 @@ def test_what_is_wrong_is_said_in_one_line(release, name, notes, message, tmp_pa
         release(name, notes, ["x.mp4"])
     assert "\n" not in str(error.value)
     assert not {path.name for path in tmp_path.glob("out/*")} - {"train.jsonl"}    # none half
-
-
-def test_own_tables_and_folders_are_manifests(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.mp4").write_text("")
-    for name, content, columns, expected in [
-            ("a.csv", 'path,caption\nsub/a.mp4,"a ""red"" dog,\nruns"\n', (),
-             {"text": 'a "red" dog, runs'}),
-            ("b.tsv", "file\tTitle\tstart\tTexts\nsub/a.mp4\ta, cat\t.5\t['x', 'y  z']\n", (),
-             {"text": "a, cat", "start": 0.5, "texts": ["x", "y z"]}),
-            ("c.csv", "name,en,text\nsub/a.mp4,a cow,eine Kuh\n", ["video=name", "text=en"],
-             {"text": "a cow"}),
-            ("sub/a.txt", "a cat\n sleeps", (), {"text": "a cat sleeps"}),
-            ("sub/a.json", '{"caption": "a cat", "clips": [[0, 1]]}', (), {"text": "a cat"})]:
-        (tmp_path / name).write_text(content)             # .json as video2dataset has it
-        (sample,) = Manifest(tmp_path / name.partition("/a.")[0], columns)
-        assert sample.pop("where").startswith(f"{tmp_path / name}:")
-        assert sample == {**expected, "video": str(tmp_path / "sub" / "a.mp4")}
-    for name in ("a.jpg", "empty.mp4", "empty.txt"):      # a thumbnail; nothing said of a clip
-        (tmp_path / "sub" / name).write_text("")
-    assert [Path(sample["video"]).name for sample in Manifest(tmp_path / "sub")] == ["a.mp4"]
-    (tmp_path / "sub" / "a.json").write_text("[1]")
-    with pytest.raises(DataError, match="a.json: cannot be read"):
-        Manifest(tmp_path / "sub")
 
 
 # ---- Training (Sec. 4.1.2) ----------------------------------------------------------------------
