@@ -203,9 +203,9 @@ def checked(fields: object, source_line: str) -> dict:
     if "fps" in sample and sample["fps"] <= 0:
         raise DataError(f'{source_line}: "fps" is {sample["fps"]}; expected frames a second, '
                         "more than 0")
-    if "start" in sample and "end" in sample and sample["end"] < sample["start"]:
-        raise DataError(f'{source_line}: "end" is {sample["end"]}, before "start", '
-                        f'{sample["start"]}; expected seconds after the first frame of the clip')
+    if "start" in sample and "end" in sample and sample["end"] <= sample["start"]:
+        raise DataError(f'{source_line}: "end" is {sample["end"]} and "start" {sample["start"]}; '
+                        "expected a start before the end, in seconds after the first frame")
     return sample
 
 
@@ -492,8 +492,21 @@ def folder_samples(folder: Path, files: list[StoredFile], columns: Sequence[str]
     """Samples of a folder: of the clips with a caption beside them, then of the shards."""
     yield from captioned_samples(str(folder), files, columns)
     for file in files:
-        if file.path.endswith(".tar"):
+        if file.name.endswith(".tar"):
             yield from shard_samples(Path(file.path), columns)
+
+
+def clip_files(path: Path) -> list[StoredFile]:
+    """The clips of a folder, of a shard or of a folder of shards, or the file itself. They need no
+    captions."""
+    if not path.is_dir() and path.suffix != ".tar":
+        return [StoredFile(str(path.absolute()), path.name)]
+    files = folder_files(path) if path.is_dir() else shard_files(path)
+    clips = [file for file in files if file.name.lower().endswith(MEDIA)]
+    for file in files:
+        if file.name.endswith(".tar"):
+            clips += clip_files(Path(file.path))
+    return clips
 
 
 def shard_samples(shard: Path, columns: Sequence[str]) -> Iterator[dict]:

@@ -1611,7 +1611,8 @@ def test_several_manifests_follow_one_another(tmp_path):
     ('{"video": "a", "end": -Infinity}', '"end" is -inf; expected a finite number'),
     ('{"video": "a", "start": true}', '"start" is True; expected a finite number'),
     ('{"video": "a", "fps": 0}', '"fps" is 0; expected frames a second, more than 0'),
-    ('{"video": "a", "start": 3, "end": 2}', '"end" is 2, before "start", 3'),
+    ('{"video": "a", "start": 3, "end": 2}', '"end" is 2 and "start" 3; expected a start before'),
+    ('{"video": "a", "start": 3, "end": 3}', '"end" is 3 and "start" 3; expected a start before'),
     ('{"video": "a", "captions": [[0, NaN, "x"]]}', '"captions" is .*; expected a list of'),
     ('{"video": "a", "captions": [[0, 1]]}', '"captions" is .*; expected a list of'),
     ('{"video": "a", "boxes": [[0, 1, 2, 3, "x"]]}', '"boxes" is .*; expected a list of'),
@@ -1865,6 +1866,18 @@ def test_shards_of_one_folder_are_one_manifest(tmp_path):
     texts = ["text 0", "text 1", "text 2"]
     assert [sample["text"] for sample in listed] == texts
     assert [sample["text"] for sample in Manifest(tmp_path)] == texts     # a folder of shards
+
+
+def test_clips_are_found_without_captions(tmp_path):
+    write_files(tmp_path, {"a.mp4": "", "s/b.JPG": "", "s/notes.txt": "", "._a.mp4": ""})
+    shard = write_shard(tmp_path / "s" / "0.tar", {"c.mp4": "film", "c.txt": "", "d.webm": ""})
+    member = {"name": "c.mp4", "offset": 512, "size": 4}
+    found = [file.fields() for file in data.clip_files(tmp_path)]
+    assert [Path(fields["video"]).name for fields in found] == ["a.mp4", "b.JPG", "0.tar", "0.tar"]
+    assert found[2] == {"video": str(shard), "member": member}
+    assert [file.name for file in data.clip_files(shard)] == ["c.mp4", "d.webm"]
+    assert [file.fields() for file in data.clip_files(tmp_path / "none.xyz")] == [
+        {"video": str(tmp_path / "none.xyz")}]
 
 
 def test_headers_of_shards_are_read_once(tmp_path):
