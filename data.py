@@ -65,6 +65,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -74,8 +75,11 @@ import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 from tokenizers import BertWordPieceTokenizer
 from tokenizers import Tokenizer as WordPieces
+from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
+
+from allinone import Vocabulary, mask_words, masked_positions, vtm_pairs
 
 
 class DataError(ValueError):
@@ -770,66 +774,130 @@ def looks_like_row(line: str, delimiter: str, columns: int) -> bool:
 
 # ==== Order of visits =============================================================================
 
-def mix(*numbers):
-    """A 64-bit hash of integers: the source of every keyed random choice."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest())
+def hash64(*numbers: int) -> int:
+    """A hash of integers, from 0 to 2**64 - 1: the seed of each random choice of visits."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest)
 
 
-def shuffled(i, n, seed):
-    """The i-th element of a pseudo-random permutation of range(n), without a list of it: a Feistel
-    network permutes the smallest even number of bits that holds n; values of n or more walk on."""
+def shuffled(i: int, n: int, seed: int) -> int:
+    """The i-th element of a pseudo-random permutation of range(n), without a list of all n.
+
+    A Feistel network permutes all numbers of 2 * half bits, the smallest such range that holds n.
+    A number that is not below n is put through the network again, until the result is below n.
+    """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
+    low_bits = (1 << half) - 1
     while True:
-        left, right = i >> half, i & low
-        for step in range(4):
-            left, right = right, left ^ (mix(seed, step, right) & low)
+        left = i >> half
+        right = i & low_bits
+        for layer in range(4):
+            scrambled = left ^ (hash64(seed, layer, right) & low_bits)
+            left = right
+            right = scrambled
         i = left << half | right
         if i < n:
             return i
 
 
-class Batches:
-    """Lists of (sample, draw), one a forward pass: a function of (seed, step, pass) only.
-    sizes: lines of each manifest. batch: clips of one optimiser step, cut into world * accumulate
-    passes, of which rank r has the r-th `accumulate`. Each reads one manifest, so that VTM's
-    negatives never cross data sets, in proportion to `shares` (default: to their lines). Hence any
-    number of processes with passes of one size sees the same passes (of one manifest: of any size),
-    and a run that goes on at step `start`, to step `steps`, replays and skips nothing."""
+class BatchSampler:
+    """Which samples each micro-batch of a process reads: yields lists of (sample, visit).
 
-    def __init__(self, sizes, batch, seed, rank=0, world=1, start=0, accumulate=1, steps=1,
-                 shares=()):
-        self.passes = world * accumulate                            # of a step
+    A visit is the number of one reading of one sample, counted from the start of the run over all
+    processes. Whoever reads the sample derives every random choice from it.
+
+    An optimiser step reads `batch` clips, cut into world * accumulation_steps micro-batches.
+    Process `rank` has `accumulation_steps` of them. A micro-batch reads one manifest, so that a
+    text never meets a clip of another data set as a negative.
+
+    Micro-batches are a function of (seed, number of the micro-batch, number of its step). So any
+    number of processes reads the same micro-batches, and a run that goes on at step `start` skips
+    and repeats nothing. With one manifest the same holds for micro-batches of any size.
+
+    sizes: lines of each manifest. shares: how often each manifest is read, relative to the others;
+    by default in proportion to its lines. Raises DataError if they do not fit the manifests.
+    """
+
+    def __init__(self, sizes: list[int], batch: int, seed: int, rank: int = 0, world: int = 1,
+                 start: int = 0, accumulation_steps: int = 1, steps: int = 1,
+                 shares: Sequence[float] = ()):
         if shares and (len(shares) != len(sizes) or min(shares) <= 0):
             raise DataError(f"--mix {' '.join(map(str, shares))}: expected {len(sizes)} positive "
                             "numbers, one for each manifest of --data")
-        self.sizes, self.seed, self.shares = sizes, seed, shares or sizes
-        self.size, self.steps = batch // self.passes, range(start, steps)
-        self.mine = range(rank * accumulate, (rank + 1) * accumulate)
+        self.sizes = sizes
+        self.shares = shares or sizes
+        self.seed = seed
+        self.rank = rank
+        self.accumulation_steps = accumulation_steps
+        self.steps = range(start, steps)
+        self.per_step = world * accumulation_steps          # micro-batches of a step
+        self.micro_batch_size = batch // self.per_step
 
-    def __len__(self):
-        return len(self.steps) * len(self.mine)
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation_steps
 
-    def __iter__(self):
-        for step, number in itertools.product(self.steps, self.mine):
-            yield self.visits(step * self.passes + number)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            begin = step * self.per_step + self.rank * self.accumulation_steps
+            for number in range(begin, begin + self.accumulation_steps):
+                yield self.micro_batch(number)
 
-    def visits(self, number):
-        """(sample, draw) of the clips of pass `number`, counted from the run's first."""
-        before, left = number, sum(self.shares)
-        for which, share in enumerate(self.shares):
-            # floor(x + phase) rises by 0 or 1 a pass, in the long run `share` of `left` times
-            ours, left = share / left, left - share
-            phase = mix(self.seed, which) / 2 ** 64
-            taken = int(before * ours + phase)
-            if int((before + 1) * ours + phase) > taken or which == len(self.shares) - 1:
-                before = taken if ours < 1 else before
-                break
-            before -= taken                                         # passes left for the others
-        n, first = self.sizes[which], sum(self.sizes[:which])
-        return [(first + shuffled(visit % n, n, mix(self.seed, which, visit // n)),
-                 number * self.size + i)
-                for i, visit in enumerate(range(before * self.size, (before + 1) * self.size))]
+    def micro_batch(self, number: int) -> list[tuple[int, int]]:
+        """(sample, visit) of each clip of a micro-batch; `number` counts all of the run from 0.
+
+        Every epoch reads a manifest in a new order. A step keeps to the order with which it begins,
+        also where the epoch ends within it: so no sample is twice in a step, unless the step reads
+        more clips than the manifest has lines (see clips_per_step).
+        """
+        counts = self.counts(number)
+        counts_after = self.counts(number + 1)
+        counts_at_step = self.counts(number - number % self.per_step)
+        manifest = next(k for k in range(len(counts)) if counts_after[k] > counts[k])
+
+        lines = self.sizes[manifest]
+        offset = sum(self.sizes[:manifest])                  # of the manifest's line 0
+        epoch = counts_at_step[manifest] * self.micro_batch_size // lines
+        seed = hash64(self.seed, manifest, epoch)
+        samples = []
+        for i in range(self.micro_batch_size):
+            reading = counts[manifest] * self.micro_batch_size + i
+            sample = offset + shuffled(reading % lines, lines, seed)
+            samples.append((sample, number * self.micro_batch_size + i))
+        return samples
+
+    def counts(self, number: int) -> list[int]:
+        """How many of the run's first `number` micro-batches read each manifest.
+
+        The manifests take their part one after another, of the micro-batches that those before them
+        left. floor(fraction * n + phase) rises by 0 or 1 with n, evenly, so that exactly one
+        count rises with each micro-batch. The phase keeps manifests of equal shares apart.
+        """
+        counts = []
+        share_left = sum(self.shares)
+        for manifest, share in enumerate(self.shares[:-1]):
+            phase = hash64(self.seed, manifest) / 2 ** 64
+            counts.append(int(number * share / share_left + phase))
+            number -= counts[-1]
+            share_left -= share
+        return [*counts, number]
+
+    def clips_per_step(self) -> list[int]:
+        """The most clips of each manifest that one step reads on all processes.
+
+        Where that is more than the manifest's lines, a step reads some samples more than once.
+        """
+        most = []
+        left = self.per_step
+        share_left = sum(self.shares)
+        for share in self.shares:
+            fraction = share / share_left
+            most.append(math.ceil(left * fraction - 1e-9) * self.micro_batch_size)
+            left = math.ceil(left * (1 - fraction) - 1e-9)
+            share_left -= share
+        return most
+
+
+Batches, mix = BatchSampler, hash64        # until train.py has the new names
 
 
 # ==== Clip: frames, pixels, words =================================================================
@@ -1107,23 +1175,25 @@ def draw_boxes(video, boxes):
                         for frame in filled])
 
 
-def texts_of(sample):
+def texts_of(sample: dict) -> list[str]:
     """Every text that a sample may be read with."""
     texts = [sample[field] for field in ("text", "question") if field in sample]
-    texts += [text for _, _, text in sample.get("captions", [])]
+    for _, _, text in sample.get("captions", []):
+        texts.append(text)
     return texts + sample.get("texts", []) + sample.get("options", [])
 
 
-def right_option(sample):
-    """The index of the right one of a sample's options; DataError."""
-    options, answer = sample["options"], sample.get("answer")
+def right_option(sample: dict) -> int:
+    """The index of the right one of a sample's options; DataError if "answer" does not tell it."""
+    options = sample["options"]
+    answer = sample.get("answer")
     if answer in options:
-        answer = options.index(answer)
-    elif isinstance(answer, str) and answer.isdigit():              # a cell of a table
+        return options.index(answer)
+    if isinstance(answer, str) and answer.isdigit():        # cells of a table are strings
         answer = int(answer)
     if not isinstance(answer, int) or not 0 <= answer < len(options):
-        raise DataError(f'{sample["where"]}: "answer" is {answer!r}; expected an index into the '
-                        f"{len(options)} options, from 0, or one of them")
+        raise DataError(f'{sample["source_line"]}: "answer" is {answer!r}; expected an index into '
+                        f"the {len(options)} options, from 0, or the words of one of them")
     return answer
 
 
@@ -1131,341 +1201,535 @@ SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 class Tokenizer:
-    """BERT's tokenisation (lower case, accents stripped, WordPiece) over `tokenizers`.
-    Attributes: pad_id, unk_id, cls_id, sep_id, mask_id, vocab_size, `ordinary` (int64, the ids that
-    are words or pieces, not [specials] or [unusedN]) and `pieces` (the set of ids of '##' pieces).
+    """BERT's tokenisation (lower case, accents stripped, WordPiece), by the `tokenizers` package.
+
+    words: the package's tokenizer. pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special
+    tokens. vocab_size: one more than the highest id. vocabulary: what masking needs to know of it.
     """
 
-    def __init__(self, words):
-        words.no_truncation()
-        words.no_padding()                      # what a tokenizer.json may carry is decided here
-        self.words, vocabulary = words, words.get_vocab()
-        if missing := [token for token in SPECIALS if token not in vocabulary]:
+    def __init__(self, words: WordPieces):
+        words.no_truncation()                   # tokenizer.json may ask for both
+        words.no_padding()
+        tokens = words.get_vocab()
+        missing = [token for token in SPECIALS if token not in tokens]
+        if missing:
             raise DataError(f"the vocabulary lacks {', '.join(missing)}; give one made for BERT")
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            vocabulary[token] for token in SPECIALS)
-        self.vocab_size = max(vocabulary.values()) + 1
-        if self.vocab_size > 2 * len(vocabulary) + 1000:       # 4 kB of weights for each at B
+        self.vocab_size = max(tokens.values()) + 1
+        if self.vocab_size > 2 * len(tokens) + 1000:        # each id costs 3 kB of weights in B
             raise DataError("the vocabulary is not numbered from 0 without large gaps")
-        self.ordinary = torch.tensor(sorted(
-            i for token, i in vocabulary.items() if not re.fullmatch(r"\[\w+\]", token)))
-        self.pieces = {i for token, i in vocabulary.items() if token.startswith("##")}
+        self.words = words
+        self.pad_id = tokens["[PAD]"]
+        self.unk_id = tokens["[UNK]"]
+        self.cls_id = tokens["[CLS]"]
+        self.sep_id = tokens["[SEP]"]
+        self.mask_id = tokens["[MASK]"]
+        self.vocabulary = Vocabulary(tokens)
 
     @staticmethod
-    def load(name, text=None):
-        """A local vocab.txt or tokenizer.json, else a Hugging Face name, fetched; or `text`, what
-        words.to_str() gave, called `name` in errors. DataError."""
+    def load(name: str | Path, text: str | None = None) -> "Tokenizer":
+        """A local vocab.txt or tokenizer.json; any other name is fetched from Hugging Face.
+
+        text: the content of a tokenizer.json, as words.to_str() gives it; then nothing is read, and
+        `name` stands for it in errors. DataError if it is no vocabulary, or cannot be fetched.
+        """
         path = Path(name)
         try:
             if text is not None:
                 words = WordPieces.from_str(text)
             elif path.suffix == ".json":
                 words = WordPieces.from_file(str(path))
-            elif path.is_file() or path.suffix == ".txt":       # a file's name: not fetched
+            elif path.is_file() or path.suffix == ".txt":   # a file's name is never fetched
                 words = BertWordPieceTokenizer.from_file(str(path))
             else:
                 words = WordPieces.from_pretrained(str(name))
-            words.encode("a word that is in no vocabulary")     # an unk_token that is none shows
+            # A vocabulary without its token for unknown words fails when it meets one.
+            words.encode("a word that is in no vocabulary")
         except Exception as error:         # tokenizers raises bare Exception, whatever went wrong
-            raise DataError(f"{name} cannot be read, nor fetched as a vocabulary "
-                            f"({str(error).splitlines()[0]:.120}); with no network, give the path "
-                            "of a local vocab.txt or tokenizer.json") from None
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{name} cannot be read, nor fetched as a vocabulary ({reason:.120}); "
+                            "with no network, give the path of a local vocab.txt or "
+                            "tokenizer.json") from None
         return Tokenizer(words)
 
     @staticmethod
-    def train(texts, vocab_size):
-        """A WordPiece vocabulary of the texts' own words, at most `vocab_size` tokens: the most
-        frequent words whole, and every letter and '##letter' met to spell the others. (The trainer
-        of `tokenizers` breaks ties by hash order: no two runs give the same vocabulary.)"""
-        words, count = BertWordPieceTokenizer(), collections.Counter()
+    def train(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A vocabulary of at most `vocab_size` tokens made of the words of some texts.
+
+        It holds every letter that occurs, alone and as a '##letter', so that all words can be
+        spelled, and the most frequent words whole. (The trainer of `tokenizers` breaks ties by hash
+        order, so that no two runs give the same vocabulary.)
+        """
+        words = BertWordPieceTokenizer()
+        counts = collections.Counter()
         for text in texts:
-            text = words.normalizer.normalize_str(text)
-            count.update(word for word, _ in words.pre_tokenizer.pre_tokenize_str(text))
-        letters = sorted(set().union(*count))
+            normal = words.normalizer.normalize_str(whole_characters(text))
+            for word, _ in words.pre_tokenizer.pre_tokenize_str(normal):
+                counts[word] += 1
+        letters = sorted(set().union(*counts))
         spelling = SPECIALS + letters + ["##" + letter for letter in letters]
-        frequent = sorted(count, key=lambda word: (-count[word], word))
-        tokens = list(dict.fromkeys(spelling + frequent))[:max(vocab_size, len(spelling))]
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        return Tokenizer(BertWordPieceTokenizer(vocabulary))
+        by_frequency = sorted(counts, key=lambda word: (-counts[word], word))
+        tokens = list(dict.fromkeys(spelling + by_frequency))       # a word of one letter is there
+        tokens = tokens[:max(vocab_size, len(spelling))]
+        ids = {token: i for i, token in enumerate(tokens)}
+        return Tokenizer(BertWordPieceTokenizer(ids))
 
-    def encode(self, text, max_len, first=None):
-        """Ids of [CLS] text [SEP], or [CLS] first [SEP] text [SEP], at most max_len: where they are
-        too many, `first` (the question) loses its last words; `text` only where too long alone."""
-        head, body = (self.words.encode(part or "", add_special_tokens=False).ids
-                      for part in (first, text))
-        room = max_len - (3 if head else 2)
-        body = body[:room]
-        head = head[:room - len(body)] + [self.sep_id] if head else []
-        return [self.cls_id] + head + body + [self.sep_id]
+    def encode(self, text: str, max_len: int, question: str | None = None) -> list[int]:
+        """Ids of [CLS] text [SEP], or of [CLS] question [SEP] text [SEP], at most `max_len`.
+
+        Where they are too many the question loses its last words. The text loses its own only where
+        it is too long even without the question.
+        """
+        text_ids = self.ids_of(text)
+        question_ids = self.ids_of(question or "")
+        if not question_ids:
+            return [self.cls_id] + text_ids[:max_len - 2] + [self.sep_id]
+        text_ids = text_ids[:max_len - 3]
+        question_ids = question_ids[:max_len - 3 - len(text_ids)]
+        return [self.cls_id] + question_ids + [self.sep_id] + text_ids + [self.sep_id]
+
+    def ids_of(self, text: str) -> list[int]:
+        """The ids of a text alone, without [CLS] and [SEP]."""
+        return self.words.encode(whole_characters(text), add_special_tokens=False).ids
+
+    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """The words of some texts that the vocabulary cannot say, each once, in their order.
+
+        It does not know a word that becomes [UNK]. It only spells one whose pieces have fewer than
+        two letters on average, such as "dog" as d ##o ##g: a model that has not been trained on
+        such a text knows nothing of its meaning. Punctuation is no word.
+        """
+        unknown = {}
+        for text in texts:
+            text = whole_characters(text)
+            encoding = self.words.encode(text, add_special_tokens=False)
+            pieces = collections.defaultdict(list)          # of each word
+            for position, word in enumerate(encoding.word_ids):
+                pieces[word].append(position)
+            for positions in pieces.values():
+                begin = encoding.offsets[positions[0]][0]
+                end = encoding.offsets[positions[-1]][1]
+                word = text[begin:end]
+                is_spelled = len(positions) > 1 and end - begin < 2 * len(positions)
+                is_unknown = self.unk_id in [encoding.ids[position] for position in positions]
+                if is_spelled or is_unknown and any(map(str.isalnum, word)):
+                    unknown[word.lower()] = True
+        return list(unknown)
 
 
-def mask_tokens(ids, tokenizer, whole_words=False, p=0.15):
-    """MLM, Sec. 3.3: each word token is chosen with probability p, to be told from its context.
-    ids: list of token ids. Of those chosen 80 % become [MASK], 10 % a random word and 10 % stay;
-    [CLS], [SEP] and [PAD] are never chosen. whole_words: '##' pieces are chosen with their head.
-    Returns (masked ids, positions chosen, original ids there). Draws from torch's global generator.
+# ==== Batch: what a task reads of each sample, and samples put together ===========================
+
+MIN_WINDOW = 4.0        # seconds to which a shorter caption's window is widened, as in the release
+
+
+def answers_of(manifest: Manifest) -> list[str]:
+    """The classes of open-ended QA (Sec. 4.2.1) and of probes (Tab. 12), the commonest first.
+
+    They stand in answers.json beside the manifest, as `convert` writes it. Without such a file
+    they are all answers of the manifest. DataError if there are none, or if they do not fit.
     """
-    fixed = {tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id}
-    masked, positions, chosen, ordinary = list(ids), [], False, tokenizer.ordinary
-    for position, token in enumerate(ids):
-        if token in fixed:
-            continue
-        if not (whole_words and token in tokenizer.pieces and position):
-            chosen = torch.rand(()) < p
-        if chosen:
-            positions.append(position)
-            fate = torch.rand(())
-            if fate < 0.8:
-                masked[position] = tokenizer.mask_id
-            elif fate < 0.9:
-                masked[position] = int(ordinary[torch.randint(len(ordinary), ())])
-    return masked, positions, [ids[position] for position in positions]
-
-
-def vtm_pairs(captions, videos, generator=None):
-    """VTM, Sec. 3.3: (source, labels): which clip's video each text of a group meets, and 1 if its
-    own. captions, videos: one hashable per clip. Each keeps its own video with probability 0.5,
-    else takes that of another clip of the group, of another video and caption, if there is one."""
-    source, labels = [], []
-    for i, (caption, video) in enumerate(zip(captions, videos)):
-        others = [j for j in range(len(captions)) if captions[j] != caption and videos[j] != video]
-        swap = bool(torch.rand((), generator=generator) < 0.5) and bool(others)
-        partner = int(torch.randint(max(len(others), 1), (), generator=generator))
-        source.append(others[partner] if swap else i)
-        labels.append(int(not swap))
-    return source, labels
-
-
-# ==== Batch: samples, readers that survive their files ============================================
-
-MIN_WINDOW = 4.0        # seconds to which a drawn caption's window is widened, as in the release
-MAX_SKIPS = 100         # unreadable lines in a row after which training cannot be meant to go on
-
-
-def answers_of(manifest):
-    """The classes of open-ended QA (Sec. 4.2.1) and probes: answers.json beside the first training
-    manifest, as `convert` writes it, else every answer of the manifests, the commonest first."""
-    listed = Path(manifest.names[0]).parent / "answers.json"
-    every = (str(sample["answer"]) for sample in manifest if "answer" in sample)
-    if listed.is_file():
+    counts = collections.Counter(
+        str(sample["answer"]) for sample in manifest if "answer" in sample)
+    path = Path(manifest.names[0]).parent / "answers.json"
+    if path.is_file():
         try:
-            answers = dict.fromkeys(map(str, json.loads(listed.read_text("utf-8"))))
+            answers = list(dict.fromkeys(map(str, json.loads(path.read_text("utf-8")))))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{listed}: not a JSON list of answers ({error})") from None
-        if not any(answer in answers for answer in every):
-            raise DataError(f"{listed}: holds no answer of {manifest.names[0]}; is it another's?")
-        return list(answers)
-    answers = [answer for answer, _ in collections.Counter(every).most_common()]
-    if not answers:
+            raise DataError(f"{path}: not a JSON list of answers ({error})") from None
+        if counts.keys().isdisjoint(answers):
+            raise DataError(f"{path}: holds no answer of {manifest.names[0]}; it may belong to "
+                            "another data set: move one of the two to a folder of its own")
+        return answers
+    if not counts:
         raise DataError(f'{manifest.names[0]}: no line has an "answer"; expected '
                         '{"video": ..., "answer": "a word"}, for open-ended QA a "question" too')
-    return answers
+    return [answer for answer, _ in counts.most_common()]
 
 
 @dataclass(eq=False)
 class Clips:
-    """A manifest's samples as tensors: `clips[index, draw]`, `draw` keying all randomness.
-    Items are dicts of "video" uint8 (S, 3, H, W), S = 1 for an image, or (K, S, 3, H, W) if
-    views > 1, "ids" (a list of token-id lists), "label", "caption", "clip", "kind", "index",
-    "draw", "set" (which manifest), "where"; to pretrain, "mlm" = (masked ids, positions, labels).
-    "errors" tells why there is no "video". DataError if a line lacks what the task needs."""
+    """The samples of a manifest as items for `collate`: clips[index, visit].
+
+    Every random choice follows from (seed, visit), whichever process reads the sample. An item is
+    a dict with the entries below, and those that TASKS tells its task's function to add.
+
+        index, visit    the key
+        source_line     "file:line" of the sample; manifest_id: which manifest that is
+        kind            a label to report accuracy by, or None
+        clip_id         equal for samples of one clip
+        video           uint8 (S, 3, H, W), S = 1 for an image; (K, S, 3, H, W) if views > 1
+        unreadable      messages: why there is no video
+
+    DataError if a line lacks what the task needs.
+    """
+
     manifest: Manifest
     tokenizer: Tokenizer
-    task: str                   # pretrain, retrieval, choice, qa, probe: see read_words
+    task: str                   # a key of TASKS
     frames: int                 # S
-    image_size: int             # pixels of the crop
+    image_size: int             # pixels of a side
     max_text_len: int           # tokens
-    train: bool                 # random frames, crops, captions, masks
+    train: bool                 # frames, crop, caption and masks at random
     seed: int = 0
     views: int = 1              # K temporally different draws of S frames, in evaluation
-    squash: bool = False        # whole frames resized (Sec. 4.1.1), not scaled to 1.2 and cropped
-    order: str = "kept"         # of frames, in evaluation: shuffled, reversed or the first, S times
+    resize: str = "release"     # how a frame becomes a square: see RESIZE, read_frames
+    order: str = "forward"      # of frames: or shuffled, reversed, or the first one S times
     boxes: bool = True          # VCR: draw the entities' regions (Tab. 5, "Mask")
-    whole_word_masking: bool = False
-    answers: list = None        # the classes of qa and probe
-    false_texts: int = 0        # retrieval in training: captions of other lines, as options
+    whole_words: bool = False   # MLM: mask all pieces of a word together (release)
+    answers: list[str] | None = None    # the classes of qa and probe
+    false_captions: int = 0     # retrieval in training: captions of other lines among the options
 
     def __post_init__(self):
-        self.labels = {answer: i for i, answer in enumerate(self.answers or [])}
+        if self.task not in TASKS:
+            raise DataError(f"no task {self.task!r}; expected one of {', '.join(TASKS)}")
+        self.class_of = {answer: i for i, answer in enumerate(self.answers or [])}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, key):
-        index, draw = key
-        sample, (which, line) = self.manifest[index], self.manifest.locate(index)
-        where = sample["where"]
-        item = {"index": index, "draw": draw, "set": which, "where": where, "errors": []}
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, visit = key
+        sample = self.manifest[index]
+        item = {"index": index, "visit": visit, "source_line": sample["source_line"],
+                "manifest_id": self.manifest.locate(index)[0], "kind": sample.get("kind"),
+                "clip_id": (sample["video"], str(sample.get("member"))), "unreadable": []}
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed GPUs too, at a fifth of the cost of a small clip
-            torch.default_generator.manual_seed(mix(self.seed, draw))
-            item |= self.read_words(sample)
-            others = torch.randint(self.manifest.sizes[which], (self.false_texts,)).tolist()
-            texts = [self.captions(self.manifest[index - line + i])[0] for i in others]
-            item["ids"] += [self.encode(text) for text in texts if text not in texts_of(sample)]
+            # torch.manual_seed would seed GPUs too, which costs a fifth of reading a small clip.
+            torch.default_generator.manual_seed(hash64(self.seed, visit))
+            item.update(self.read_words(sample, index))
+            if item.get("window"):
+                sample["start"], sample["end"] = item["window"]
             try:
                 item["video"] = self.read_video(sample)
             except Unreadable as error:
-                item["errors"].append(f"{where}: {error}")
-        return item | {"clip": sample["video"], "kind": sample.get("kind")}
+                item["unreadable"].append(f"{sample['source_line']}: {error}")
+        return item
 
-    def read_video(self, sample):
-        """uint8 ([K,] S, 3, H, W) of a sample, cropped."""
+    def read_words(self, sample: dict, index: int = 0) -> dict:
+        """The entries of an item that come from the words of a sample: see TASKS."""
+        return TASKS[self.task](self, sample, index)
+
+    def read_video(self, sample: dict) -> Tensor:
+        """uint8 (S, 3, H, W) or, of several views, (K, S, 3, H, W). Unreadable."""
         frames = 1 if is_image(sample) else self.frames
-        size, views = self.image_size, 1 if self.train else self.views
+        views = 1 if self.train else self.views
+        order = self.frame_order(frames)
 
-        orders = {"first": [0] * frames, "reversed": range(frames)[::-1]}
-        order = orders.get(self.order, range(frames))
+        def pick(n: int) -> list[int]:
+            picked = []
+            for view in range(views):
+                indices = sample_frames(n, frames, self.train, view, views)
+                picked += [indices[s] for s in order]
+            return picked
+
+        video = read_frames(sample, pick, self.image_size, self.resize, self.train, self.boxes)
+        if views > 1:
+            video = video.unflatten(0, (views, frames))
+        return video
+
+    def frame_order(self, frames: int) -> list[int]:
+        """In which order the model sees S frames; what needs their order fails without it."""
         if self.order == "shuffled":
-            order = torch.randperm(frames).tolist()
+            return torch.randperm(frames).tolist()
+        if self.order == "reversed":
+            return list(range(frames))[::-1]
+        if self.order == "first":
+            return [0] * frames
+        return list(range(frames))
 
-        def pick(n):
-            views_of = [sample_frames(n, frames, self.train, v, views) for v in range(views)]
-            return [picked[s] for picked in views_of for s in order]
-
-        boxes = sample.get("boxes") if self.boxes else None
-        side = None if boxes else (size, size) if self.squash else int(1.2 * size)   # release: 268
-        video = decode(sample["video"], pick, side, *map(sample.get, ("start", "end", "fps")))
-        if boxes:       # in pixels of the stored image: draw, then scale; a crop may cut them off
-            video = v2.functional.resize(draw_boxes(video, boxes), [size, size])
-        video = crop(video, size, self.train)
-        return video.unflatten(0, (views, frames)) if views > 1 else video
-
-    def read_words(self, sample):
-        """The token ids and the label of a sample; may set its window to that of a caption.
-        pretrain: a caption, and masked; retrieval: a caption in training, all in evaluation;
-        choice: the options, each after the question; qa: the question; probe: no words."""
-        question = sample.get("question")
-        if self.task in ("pretrain", "retrieval"):
-            captions = self.captions(sample)
-            words = {"ids": [self.encode(text) for text in captions], "caption": captions[0],
-                     "label": 0}
-            if self.task == "pretrain":
-                words["mlm"] = mask_tokens(words["ids"][0], self.tokenizer, self.whole_word_masking)
-            return words
-        if self.task == "choice":
-            return {"ids": [self.encode(option, question) for option in need(sample, "options")],
-                    "label": right_option(sample)}
-        text = need(sample, "question") if self.task == "qa" else ""
-        return {"ids": [self.encode(text)], "label": self.class_of(sample)}
-
-    def class_of(self, sample):
-        """The number of a sample's answer among the classes, -1 if it is none of them."""
-        return self.labels.get(str(need(sample, "answer")), -1)
-
-    def captions(self, sample):
-        """The captions of a sample to read on this visit: one in training, in evaluation all or,
-        of windows, the first."""
-        texts = sample.get("captions") or sample.get("texts") or [need(sample, "text")]
-        one = int(torch.randint(len(texts), ())) if self.train else 0
-        if "captions" in sample:
-            start, end, text = texts[one]
-            middle, half = (start + end) / 2, max(end - start, MIN_WINDOW) / 2
-            sample["start"], sample["end"] = max(middle - half, 0), middle + half
-            return [text]
-        return texts[one:one + 1] if self.train or self.task == "pretrain" else texts
-
-    def encode(self, text, first=None):
-        return self.tokenizer.encode(text, self.max_text_len, first)
+    def encode(self, text: str, question: str | None = None) -> list[int]:
+        return self.tokenizer.encode(text, self.max_text_len, question)
 
 
-def collate(items, clips, group=None):
-    """Items of Clips to one batch: B clips, m tokens of the longest text rounded up to 8.
-    "video" uint8 (B, S, 3, H, W) or (B, K, S, 3, H, W); "text_ids" int64, "text_mask" bool (B, m);
-    "label", "index", "set" int64 (B,); "where", "kind" lists of B; "errors", what could not be
-    read, which is left out of all else (B may then be 0, and "index" the only tensor).
-    Choice, and retrieval in training: "text_ids", "text_mask" (B, O, m), "option_mask" bool (B, O),
-    False where a clip has fewer than O options. Retrieval in evaluation: "text_ids", "text_mask"
-    (T, m) and "text_clip" int64 (T,), the row of each caption's clip.
-    Pre-training: "mlm_ids" (B, m), "mlm_where" (M,) positions in the flattened (B*m), "mlm_labels"
-    (M,), M padded to a multiple of 32 by where 0, label -100; "vtm_source", "vtm_labels" (B,) drawn
-    within consecutive groups of `group` clips (default: all), by (seed, the group's first draw)."""
-    errors = [error for item in items for error in item["errors"]]
-    kept = [k for k, item in enumerate(items) if "video" in item]
-    items = [items[k] for k in kept]
-    batch = {name: [item[name] for item in items] for name in ("index", "where", "kind")}
-    batch |= {"index": torch.tensor(batch["index"], dtype=torch.int64), "errors": errors}
-    if not items:
+# ---- the words of each task
+#
+# A task is a function of a sample, which returns some of these entries:
+#
+#   caption                     token ids of a text that tells what the clip shows
+#   mlm_caption, mlm_labels     the same text with words masked, and the words that stood there
+#   all_captions                retrieval in evaluation: token ids of each caption of the clip
+#   question                    token ids of a question about the clip
+#   options                     token ids of each candidate, of which one is to be chosen
+#   label                       which option is right; or the class of the answer, -1: of none
+#   window                      (start, end) in seconds of the caption's part of the clip, or None
+#
+# `collate` puts together whichever are there. To add a task, write such a function and list it in
+# TASKS.
+
+def pretrain_words(clips: Clips, sample: dict, index: int) -> dict:
+    """VTM, MLM and VTC, Sec. 3.3: one caption, and the same with words masked."""
+    text, window = choose_caption(sample, clips.train)
+    ids = clips.encode(text)
+    masked, labels = mask_words(torch.tensor(ids), clips.tokenizer.vocabulary, clips.whole_words)
+    return {"caption": ids, "mlm_caption": masked.tolist(), "mlm_labels": labels.tolist(),
+            "window": window}
+
+
+def retrieval_words(clips: Clips, sample: dict, index: int) -> dict:
+    """Retrieval, Sec. 4.2.2. In evaluation all captions of the clip.
+
+    In training one of its captions; the options are that and captions of other lines.
+    """
+    text, window = choose_caption(sample, clips.train)
+    if not clips.train:
+        captions = [text]
+        if window is None and "texts" in sample:
+            captions = sample["texts"]
+        all_captions = [clips.encode(caption) for caption in captions]
+        return {"all_captions": all_captions, "window": window}
+    ids = clips.encode(text)
+    options = [ids]
+    for caption in false_captions(clips, sample, index):
+        options.append(clips.encode(caption))
+    return {"caption": ids, "options": options, "label": 0, "window": window}
+
+
+def choice_words(clips: Clips, sample: dict, index: int) -> dict:
+    """Multiple choice, Sec. 4.2.1, 4.2.3, 4.2.4: each option, after the question if there is one.
+    """
+    question = sample.get("question")
+    options = [clips.encode(option, question) for option in need(sample, "options")]
+    return {"options": options, "label": right_option(sample)}
+
+
+def qa_words(clips: Clips, sample: dict, index: int) -> dict:
+    """Open-ended QA, Sec. 4.2.1: a question, answered by one of the classes."""
+    question = clips.encode(need(sample, "question"))
+    return {"question": question, "label": answer_class(clips, sample)}
+
+
+def probe_words(clips: Clips, sample: dict, index: int) -> dict:
+    """The linear probe, Tab. 12: a class and no words."""
+    return {"label": answer_class(clips, sample)}
+
+
+TASKS = {"pretrain": pretrain_words, "retrieval": retrieval_words, "choice": choice_words,
+         "qa": qa_words, "probe": probe_words}
+
+
+def choose_caption(sample: dict, train: bool) -> tuple[str, tuple[float, float] | None]:
+    """A caption of a sample, random in training, else the first; and its window of the clip.
+
+    A window that is shorter than MIN_WINDOW is widened about its middle. A caption without a window
+    of its own tells of the whole clip (None).
+    """
+    captions = sample.get("captions") or sample.get("texts") or [need(sample, "text")]
+    number = int(torch.randint(len(captions), ())) if train else 0
+    if not sample.get("captions"):
+        return captions[number], None
+    start, end, text = captions[number]
+    middle = (start + end) / 2
+    half = max(end - start, MIN_WINDOW) / 2
+    return text, (max(middle - half, 0), middle + half)
+
+
+def false_captions(clips: Clips, sample: dict, index: int) -> list[str]:
+    """Captions of random lines of the sample's manifest, but for those that it has itself."""
+    manifest_id, line = clips.manifest.locate(index)
+    others = torch.randint(clips.manifest.sizes[manifest_id], (clips.false_captions,)).tolist()
+    true_captions = texts_of(sample)
+    captions = []
+    for other in others:
+        caption, _ = choose_caption(clips.manifest[index - line + other], train=True)
+        if caption not in true_captions:
+            captions.append(caption)
+    return captions
+
+
+def answer_class(clips: Clips, sample: dict) -> int:
+    """The number of a sample's answer among the classes, -1 if it is none of them."""
+    return clips.class_of.get(str(need(sample, "answer")), -1)
+
+
+# ---- items put together
+
+def collate(items: list[dict], clips: Clips, group: int | None = None) -> dict:
+    """Items of Clips as one batch of B clips, without those that have no video (B may be 0).
+
+    Lists of B: "source_line", "kind". Of any length: "unreadable", what could not be read.
+    int64 (B,): "index", "manifest_id" and, if the task has it, "label".
+    "video": uint8 (B, S, 3, H, W) or, of several views, (B, K, S, 3, H, W).
+    What the words of a task become: see add_texts, add_pairs, add_masked_words, add_captions and
+    add_options.
+    group: VTM's pairs are drawn within so many neighbours (default: all items), so that batches of
+    several groups have the pairs of batches of one.
+    DataError if images and clips are mixed. B = 0: "index" is the only tensor.
+    """
+    readable = [item for item in items if "video" in item]
+    batch = {"source_line": [item["source_line"] for item in readable],
+             "kind": [item["kind"] for item in readable],
+             "unreadable": list(itertools.chain(*(item["unreadable"] for item in items))),
+             "index": torch.tensor([item["index"] for item in readable], dtype=torch.int64)}
+    if not readable:
         return batch
-    batch |= {name: torch.tensor([item[name] for item in items]) for name in ("label", "set")}
-    if len({item["video"].shape for item in items}) > 1:
-        odd = next(item for item in items if item["video"].shape != items[0]["video"].shape)
-        raise DataError(f'{odd["where"]}: images and clips in one manifest, as {items[0]["where"]} '
-                        "is of the other kind: give the images a manifest of their own")
-    batch["video"] = torch.stack([item["video"] for item in items])
-    counts = torch.tensor([len(item["ids"]) for item in items])
-    texts = [ids for item in items for ids in item["ids"]]
-    m, padding = min(-(-max(map(len, texts)) // 8) * 8, clips.max_text_len), clips.tokenizer.pad_id
-    ids = pad(texts, m, padding)
-    mask = torch.arange(m) < torch.tensor([len(text) for text in texts])[:, None]
-    if clips.task == "choice" or clips.task == "retrieval" and clips.train:
-        batch["option_mask"] = torch.arange(int(counts.max())) < counts[:, None]    # (B, O)
-        for name, rows, value in ("ids", ids, padding), ("mask", mask, False):
-            batch[f"text_{name}"] = torch.nn.utils.rnn.pad_sequence(
-                rows.split(counts.tolist()), True, value)                           # (B, O, m)
-        return batch
-    batch |= {"text_ids": ids, "text_mask": mask, "text_clip": torch.repeat_interleave(counts)}
-    if clips.task != "pretrain":
-        return batch
-    masked, positions, labels = zip(*[item["mlm"] for item in items])
-    where = [row * m + position for row, places in enumerate(positions) for position in places]
-    extra, source, matches = -len(where) % 32 if where else 32, [], []
-    for _, near in itertools.groupby(range(len(items)), lambda b: kept[b] // (group or 10 ** 9)):
-        near = list(near)
-        chosen, match = vtm_pairs(
-            [items[b]["caption"] for b in near], [items[b]["clip"] for b in near],
-            torch.Generator().manual_seed(mix(clips.seed, items[near[0]]["draw"], 1)))
-        source += [near[i] for i in chosen]
-        matches += match
-    return batch | {"mlm_ids": pad(masked, m, padding),
-                    "mlm_where": torch.tensor(where + [0] * extra),
-                    "mlm_labels": torch.tensor(sum(labels, []) + [-100] * extra),
-                    "vtm_source": torch.tensor(source), "vtm_labels": torch.tensor(matches)}
+    for name in ("manifest_id", "label"):
+        if name in readable[0]:
+            batch[name] = torch.tensor([item[name] for item in readable])
+    batch["video"] = stack_videos(readable)
+    if "caption" in readable[0]:
+        add_texts(batch, [item["caption"] for item in readable], clips)
+        add_pairs(batch, items, clips.seed, group or len(items))
+    if "mlm_caption" in readable[0]:
+        add_masked_words(batch, readable, clips)
+    if "question" in readable[0]:
+        add_texts(batch, [item["question"] for item in readable], clips)
+    if "all_captions" in readable[0]:
+        add_captions(batch, readable, clips)
+    if "options" in readable[0]:
+        add_options(batch, readable, clips)
+    return batch
 
 
-def pad(rows, length, value):
-    """Lists of unequal length as int64 (len(rows), length), filled up with `value`."""
+def stack_videos(items: list[dict]) -> Tensor:
+    """(B, S, 3, H, W) of items of one shape; DataError if some are images and some are clips."""
+    for item in items:
+        if item["video"].shape != items[0]["video"].shape:
+            raise DataError(f'{item["source_line"]}: images and clips in one manifest, as '
+                            f'{items[0]["source_line"]} is of the other kind: give the images a '
+                            "manifest of their own")
+    return torch.stack([item["video"] for item in items])
+
+
+def add_texts(batch: dict, texts: list[list[int]], clips: Clips) -> None:
+    """Adds "text_ids" int64, "text_mask" bool (B, m): the one text of each clip."""
+    batch["text_ids"], batch["text_mask"] = pad_texts(texts, clips)
+
+
+def add_captions(batch: dict, items: list[dict], clips: Clips) -> None:
+    """Adds "text_ids", "text_mask" (T, m), the captions of all clips, and "text_clip" int64 (T,).
+
+    text_clip: the row of each caption's clip.
+    """
+    texts = list(itertools.chain(*(item["all_captions"] for item in items)))
+    counts = torch.tensor([len(item["all_captions"]) for item in items])
+    batch["text_ids"], batch["text_mask"] = pad_texts(texts, clips)
+    batch["text_clip"] = torch.repeat_interleave(counts)
+
+
+def add_options(batch: dict, items: list[dict], clips: Clips) -> None:
+    """Adds "option_ids" int64, "option_text_mask" bool (B, O, m), and "option_mask" bool (B, O).
+
+    O: the most options of a clip. option_mask: False where a clip has fewer.
+    """
+    options = list(itertools.chain(*(item["options"] for item in items)))
+    counts = torch.tensor([len(item["options"]) for item in items])
+    ids, mask = pad_texts(options, clips)                                   # (options of all, m)
+    is_option = torch.arange(int(counts.max())) < counts[:, None]           # (B, O)
+    shape = (*is_option.shape, ids.shape[1])
+    batch["option_mask"] = is_option
+    batch["option_ids"] = torch.full(shape, clips.tokenizer.pad_id)
+    batch["option_ids"][is_option] = ids
+    batch["option_text_mask"] = torch.zeros(shape, dtype=torch.bool)
+    batch["option_text_mask"][is_option] = mask
+
+
+def add_masked_words(batch: dict, items: list[dict], clips: Clips) -> None:
+    """Adds MLM's entries, Sec. 3.3: "mlm_ids" (B, m), "mlm_positions" and "mlm_labels" (M,).
+
+    Words are masked when a sample is read, before padding: the longest text of a batch then has no
+    influence on the masks of the others.
+    """
+    m = batch["text_ids"].shape[1]
+    masked = [item["mlm_caption"] for item in items]
+    labels = [item["mlm_labels"] for item in items]
+    batch["mlm_ids"] = pad(masked, m, clips.tokenizer.pad_id)
+    batch["mlm_positions"], batch["mlm_labels"] = masked_positions(pad(labels, m, -100))
+
+
+def add_pairs(batch: dict, items: list[dict], seed: int, group: int) -> None:
+    """Adds VTM's pairs, Sec. 3.3: "vtm_video", "vtm_labels" (B,), see allinone.vtm_pairs.
+
+    They are drawn within each group of neighbouring items, by (seed, the group's first visit). An
+    item without a video leaves its group, and changes nothing in the others.
+    """
+    videos, labels = [], []
+    rows = 0                                        # of the batch, in the groups before
+    for begin in range(0, len(items), group):
+        members = [item for item in items[begin:begin + group] if "video" in item]
+        if not members:
+            continue
+        generator = torch.Generator().manual_seed(hash64(seed, members[0]["visit"], 1))
+        texts = [tuple(item["caption"]) for item in members]
+        clip_ids = [item["clip_id"] for item in members]
+        partners, matched = vtm_pairs(texts, clip_ids, generator)
+        videos.append(rows + partners)
+        labels.append(matched)
+        rows += len(members)
+    batch["vtm_video"] = torch.cat(videos)
+    batch["vtm_labels"] = torch.cat(labels)
+
+
+def pad_texts(texts: list[list[int]], clips: Clips) -> tuple[Tensor, Tensor]:
+    """Ids int64 and mask bool (False at padding), both (N, m), of N lists of token ids.
+
+    m is the longest text rounded up to 8, so that few lengths occur, but at most max_text_len.
+    """
+    lengths = torch.tensor([len(text) for text in texts])
+    m = min(-(-int(lengths.max()) // 8) * 8, clips.max_text_len)
+    mask = torch.arange(m) < lengths[:, None]
+    return pad(texts, m, clips.tokenizer.pad_id), mask
+
+
+def pad(rows: list[list[int]], length: int, value: int) -> Tensor:
+    """Lists of unequal length as int64 (rows, length), filled up with `value`."""
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
-class Readers:
-    """`function` in processes that may die or hang: each is minded by a thread, which replaces it.
-    Calling it answers one task, or raises Unreadable if the task killed its process twice (once may
-    be an accident) or took longer than `timeout` seconds. workers = 0: here, unprotected. (A
-    DataLoader tells of a dead worker by an exception anywhere in the main thread.)"""
+# ==== Reading: processes that survive their files =================================================
 
-    def __init__(self, function, workers, timeout):
-        self.function, self.workers, self.timeout = function, workers, timeout
-        self.mine, self.processes, self.closed = threading.local(), [], False
-        self.lock = threading.Lock()    # to start one process and to ask for another's exit code
-        # Fresh processes, without our threads and locks; a fork server imports torch once for all.
-        # (In Python 3.11 it finds installed packages only, not this file.)
+MAX_SKIPS = 100         # unreadable lines in a row after which training cannot be meant to go on
+READ_AHEAD = 1 << 30    # bytes of pixels that a process reads ahead of the batch in use, at most
+
+
+class Readers:
+    """Calls `function` in processes that may die or hang. Each call is answered or Unreadable.
+
+    Each process is minded by a thread, which starts it anew when it has died. A task that killed
+    its process is tried once more, for that may have been an accident. `timeout`: seconds that a
+    task may take. workers = 0: `function` runs in the calling process, without protection.
+
+    (A DataLoader is no help here: it reports a dead worker by an exception in the main thread, at
+    any point of it.)
+    """
+
+    def __init__(self, function: Callable, workers: int, timeout: float):
+        self.function = function
+        self.workers = workers
+        self.timeout = timeout
+        self.closed = False
+        self.processes = []
+        self.of_thread = threading.local()      # .reader: process and pipe of each thread
+        self.lock = threading.Lock()            # to start a process, or to ask for its exit code
+        # Fresh processes have none of our threads and locks. The fork server imports torch once
+        # for all of them. (In Python 3.11 it finds installed packages only, not this file.)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["av", "tokenizers", "torchvision.transforms.v2"])
 
-    def start(self):
-        """(process, our end of the pipe to it) for the thread that calls."""
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=serve, daemon=True,
-                                       args=(self.function, theirs, self.timeout))
+    def start(self) -> tuple:
+        """A new reading process, and our end of the pipe to it."""
+        pipe, far_end = self.context.Pipe()
+        process = self.context.Process(
+            target=serve, args=(self.function, far_end, self.timeout), daemon=True)
         with self.lock:
             process.start()
         self.processes.append(process)
-        theirs.close()
-        return process, ours
+        far_end.close()
+        return process, pipe
 
     def __call__(self, task):
+        """function(task), computed in the calling thread's process; Unreadable."""
         if not self.workers:
             return self.function(task)
         for attempt in range(2):
             if self.closed:
                 raise Unreadable("reading has ended")
-            process, pipe = self.mine.reader = getattr(self.mine, "reader", None) or self.start()
+            if getattr(self.of_thread, "reader", None) is None:
+                self.of_thread.reader = self.start()
+            process, pipe = self.of_thread.reader
             try:
                 pipe.send(task)
                 result, error = pipe.recv()
-            except (EOFError, ConnectionError):     # it has died
-                self.mine.reader = None
+            except (EOFError, ConnectionError):             # the process has died
+                self.of_thread.reader = None
                 with self.lock:
                     process.join()
                 if process.exitcode == -signal.SIGALRM:
@@ -1476,12 +1740,13 @@ class Readers:
             return result
         raise Unreadable(f"took its reader down (exit code {process.exitcode})")
 
-    def ahead(self, work, tasks, depth):
+    def ahead(self, work: Callable, tasks: Iterable, depth: int) -> Iterator:
         """Yields work(task) for each task, in order, computed by threads `depth` tasks ahead."""
         if not self.workers:
             yield from map(work, tasks)
             return
-        pool, pending = ThreadPoolExecutor(self.workers), collections.deque()
+        pool = ThreadPoolExecutor(self.workers)
+        pending = collections.deque()
         try:
             for task in tasks:
                 pending.append(pool.submit(work, task))
@@ -1496,9 +1761,12 @@ class Readers:
                 process.kill()
 
 
-def serve(function, pipe, timeout):
-    """A process of Readers: answers task after task, until nobody asks any more. A task that takes
-    too long ends the process: SIGALRM does, also in the middle of a decoder."""
+def serve(function: Callable, pipe: Connection, timeout: float) -> None:
+    """The loop of a reading process: answers one task after another until its trainer is gone.
+
+    A task that takes too long ends the process by SIGALRM, also in the middle of a decoder. An
+    exception is sent back, to be raised where the task came from.
+    """
     torch.set_num_threads(1)                        # the processes are the parallelism
     with suppress(EOFError, ConnectionError):       # the trainer is gone, however it ended
         while True:
@@ -1506,175 +1774,248 @@ def serve(function, pipe, timeout):
             signal.setitimer(signal.ITIMER_REAL, timeout)
             try:
                 answer = function(task), None
-            except Exception as error:              # raised again where the task came from
+            except Exception as error:
                 answer = None, error
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send(answer)
 
 
-def load(clips, passes, merge, workers, timeout=120):
-    """Yields merge(items) for each list of (sample, draw) in `passes`, in order, read ahead.
-    In training the next readable line of a manifest stands in for a clip that cannot be read, which
-    the item's "errors" name; in evaluation nothing does. A clip that killed its reader, or took
-    longer than `timeout` seconds, is unreadable from then on."""
-    readers, refused = Readers(clips.__getitem__, workers, timeout), {}
+def read_item(clips: Clips, key: tuple[int, int]) -> dict:
+    """clips[key], its video as a NumPy array.
 
-    def visit(key):
-        errors, (index, draw) = [], key
-        tries = min(MAX_SKIPS, clips.manifest.sizes[clips.manifest.locate(index)[0]])
-        for at in (clips.manifest.after(index, step) for step in range(tries)):
-            try:
-                if at in refused:
-                    raise refused[at]
-                item = readers((at, draw))
-            except Unreadable as error:
-                refused[at], where = error, clips.manifest[at]["where"]
-                item = {"index": at, "draw": draw, "where": where, "errors": [f"{where}: {error}"]}
-            errors += item["errors"]
+    A pipe carries an array as plain bytes. A tensor would take a file descriptor and a piece of
+    /dev/shm until it is used, and containers have little of both.
+    """
+    item = clips[key]
+    if "video" in item:
+        item["video"] = item["video"].numpy()
+    return item
+
+
+def load(clips: Clips, micro_batches: Iterable[list[tuple[int, int]]], merge: Callable,
+         workers: int, timeout: float = 120, clips_ahead: int = 64) -> Iterator[dict]:
+    """Yields merge(items) for each list of (sample, visit), in order.
+
+    clips_ahead: how many clips are read ahead, while the caller works, of the micro-batch that it
+    has. Training asks for two whole steps, so that a GPU does not wait for the slowest clip of a
+    step. Their pixels take at most READ_AHEAD bytes.
+
+    In training the next readable line of the manifest stands in for a clip that cannot be read,
+    and the item's "unreadable" says so. In evaluation nothing does. A clip that killed its reader,
+    or took longer than `timeout` seconds, is not tried again. DataError after MAX_SKIPS in a row.
+    """
+    readers = Readers(partial(read_item, clips), workers, timeout)
+    failures = {}                       # sample: why it is not tried again
+
+    def read(key: tuple[int, int]) -> dict:
+        """The item of a sample or, in training, of the next line that can be read."""
+        index, visit = key
+        manifest_id, _ = clips.manifest.locate(index)
+        tries = min(MAX_SKIPS, clips.manifest.sizes[manifest_id])
+        unreadable = []
+        for step in range(tries):
+            item = read_line(clips.manifest.after(index, step), visit)
+            unreadable += item["unreadable"]
             if "video" in item or not clips.train:
-                return {**item, "errors": errors}
-        raise DataError(f"{tries} clips in a row cannot be read, the first: {errors[0]}")
+                item["unreadable"] = unreadable
+                return item
+        raise DataError(f"{tries} clips in a row cannot be read, the first: {unreadable[0]}")
 
-    passes, sizes = itertools.tee(passes)
-    keys = itertools.chain.from_iterable(passes)
-    with closing(readers.ahead(visit, keys, 2 * max(workers, 8))) as items:
-        for size in map(len, sizes):
-            yield merge(list(itertools.islice(items, size)))
+    def read_line(index: int, visit: int) -> dict:
+        """The item of a sample, without a video if it cannot be read."""
+        try:
+            if index in failures:
+                raise failures[index]
+            item = readers((index, visit))
+        except Unreadable as error:
+            failures[index] = error
+            source_line = clips.manifest[index]["source_line"]
+            return {"index": index, "visit": visit, "unreadable": [f"{source_line}: {error}"]}
+        if "video" in item:
+            item["video"] = torch.from_numpy(item["video"])
+        return item
+
+    sizes = collections.deque()         # of the micro-batches that are being read
+
+    def keys() -> Iterator[tuple[int, int]]:
+        for micro_batch in micro_batches:
+            sizes.append(len(micro_batch))
+            yield from micro_batch
+
+    bytes_per_clip = clips.views * clips.frames * 3 * clips.image_size ** 2
+    depth = max(2 * workers, min(clips_ahead, READ_AHEAD // bytes_per_clip))
+    items = []
+    with closing(readers.ahead(read, keys(), depth)) as stream:
+        for item in stream:
+            items.append(item)
+            if len(items) == sizes[0]:
+                sizes.popleft()
+                yield merge(items)
+                items = []
 
 
 # ---- the toy set
 
-SHAPES = "square", "ring"
+SHAPES = ("square", "ring")
 COLOURS = {"white": 255, "black": 0}
-LIGHTS = (200, 60, 60), (60, 180, 60), (60, 80, 200)
-ORDERS = "green", "blue"                         # what red turns into: the way the light cycles
-MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
-TEMPLATES = {
-    "light": ("{thing} while red turns {change}", "red turns {change} around {thing}"),
-    "motion": ("{thing} that moves {change}", "moving {change} a {thing}")}
-DRAWING = (13, 16), (2, 3), (36, 44), (36, 44), (0.85, 1.1)     # bounds of ToyClip.drawing
-SPLITS = {"train": 2000, "val": 200, "test": 400}
-SIDE, TOY_FRAMES = 80, 12
+LIGHTS = ((200, 60, 60), (60, 180, 60), (60, 80, 200))      # red, green, blue
+ORDERS = ("green", "blue")                                  # what red turns into
+WORDINGS = ("{colour} {shape} while red turns {next}", "red turns {next} around {colour} {shape}")
+SPLITS = {"train": 2000, "val": 200, "test": 400}           # clips
+SIDE = 80                                                   # pixels
+TOY_FRAMES = 12                                             # at 4 a second
 TOY_X264 = {"preset": "veryfast", "qp": "15", "g": "1"}    # each frame alone, at one quantiser
 
 
 @dataclass(frozen=True)
 class ToyClip:
-    """What one toy clip shows."""
-    event: str          # "light": the light cycles, the object stays; "motion": the other way round
+    """What one toy clip shows: an object stands still while the light that fills the frame changes.
+
+    The light goes through three colours in a circle, one way or the other.
+    """
+
     shape: str
     colour: str
-    motion: str
-    order: int          # index into ORDERS
-    first: int          # light of the first third, index into LIGHTS
-    template: int
-    drawing: tuple      # radius, speed (pixels a frame), centre x and y, brightness of the lights
+    order: int              # index into ORDERS: which way round the light goes
+    start_light: int        # index into LIGHTS: the light of the first third of the clip
+    wording: int            # index into WORDINGS
+    radius: float           # of the object, in pixels
+    x: float                # its centre
+    y: float
+    brightness: float       # of the light
 
     @staticmethod
-    def drawn(draw):
-        """A random one, from a random.Random."""
+    def sample(rng: random.Random) -> "ToyClip":
         return ToyClip(
-            event="light" if draw.random() < 0.85 else "motion", shape=draw.choice(SHAPES),
-            colour=draw.choice(list(COLOURS)), motion=draw.choice(list(MOTIONS)),
-            order=draw.randrange(2), first=draw.randrange(3), template=draw.randrange(2),
-            drawing=tuple(itertools.starmap(draw.uniform, DRAWING)))
+            shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)),
+            order=rng.randrange(2), start_light=rng.randrange(3), wording=rng.randrange(2),
+            radius=rng.uniform(13, 16), x=rng.uniform(36, 44), y=rng.uniform(36, 44),
+            brightness=rng.uniform(0.85, 1.1))
 
-    def twin(self):
-        """The clip that the reversed frames show: the other order, or the opposite motion."""
-        last = (self.first + (self.event == "light") * (2 - 4 * self.order)) % 3
-        return replace(self, motion=OPPOSITE[self.motion], order=1 - self.order, first=last)
+    def light(self, third: int) -> int:
+        """Index into LIGHTS of each third of the clip: forward through the circle, or backward."""
+        direction = 1 - 2 * self.order
+        return (self.start_light + direction * third) % 3
 
-    def caption(self, **other):
-        """The clip's caption in its own wording; keyword arguments change what it says."""
-        said = replace(self, **other)
-        return TEMPLATES[said.event][said.template].format(
-            thing=f"{said.colour} {said.shape}",
-            change=ORDERS[said.order] if said.event == "light" else said.motion)
+    def twin(self) -> "ToyClip":
+        """The clip that the same frames show in reverse: the other order, from the last light."""
+        return replace(self, order=1 - self.order, start_light=self.light(2))
 
-    def frames(self):
-        """uint8 (12, 80, 80, 3): three thirds of four frames."""
-        (radius, speed, *centre, gain), t = self.drawing, np.arange(TOY_FRAMES)
-        lights = self.first + (self.event == "light") * t // 4 * (1 - 2 * self.order)
-        light = np.array(LIGHTS)[lights % 3] * gain
-        frames = np.tile(light.astype(np.uint8)[:, None, None], (1, SIDE, SIDE, 1))
-        travel = (t - (TOY_FRAMES - 1) / 2)[:, None] * speed * (self.event == "motion")
-        x, y = (abs(np.arange(SIDE) + 0.5 - middle - travel * step).astype(np.float32)
-                for middle, step in zip(centre, MOTIONS[self.motion]))          # (12, 80) each
-        far = np.maximum(x[:, None, :], y[:, :, None])
-        hole = (far <= 0.6 * radius) & (self.shape == "ring")
-        frames[(far < radius) & ~hole] = COLOURS[self.colour]
+    def caption(self, **changes) -> str:
+        """The clip's caption, in its own wording; `changes` are fields in which it is to differ."""
+        clip = replace(self, **changes)
+        return WORDINGS[clip.wording].format(
+            colour=clip.colour, shape=clip.shape, next=ORDERS[clip.order])
+
+    def frames(self) -> np.ndarray:
+        """uint8 (12, 80, 80, 3): four frames in each light."""
+        pixels = np.arange(SIDE) + 0.5
+        distance_x = abs(pixels - self.x)[None, :]
+        distance_y = abs(pixels - self.y)[:, None]
+        distance = np.maximum(distance_x, distance_y)       # (80, 80): squares about the centre
+        inside = distance < self.radius
+        if self.shape == "ring":
+            inside &= distance > 0.6 * self.radius
+        frames = np.empty((TOY_FRAMES, SIDE, SIDE, 3), np.uint8)
+        for t in range(TOY_FRAMES):
+            light = LIGHTS[self.light(t // 4)]
+            frames[t] = np.array(light) * self.brightness
+            frames[t, inside] = COLOURS[self.colour]
         return frames
 
-    def samples(self, draw):
-        """Its lines of each manifest: {prefix of the manifest's name: [sample without video]}."""
-        asked = [("shape", "what shape is it?", self.shape),
-                 ("colour", "what colour is it?", self.colour),
-                 ("order", "what does red turn into?", ORDERS[self.order])
-                 if self.event == "light" else ("motion", "which way does it move?", self.motion)]
-        looks = [self.caption(shape=shape, colour=colour) for shape in SHAPES for colour in COLOURS]
-        looks.remove(self.caption())
-        choices = {"appearance": draw.sample(looks, 3), asked[2][0]: [self.twin().caption()]}
-        for options in choices.values():
-            options.insert(draw.randrange(len(options) + 1), self.caption())
-        return {"": [{"text": self.caption()}], "probe_": [{"answer": self.caption(template=0)}],
-                "choice_": [{"options": options, "answer": options.index(self.caption()), "kind": k}
-                            for k, options in choices.items()],
-                "qa_": [{"question": q, "answer": a, "kind": k} for k, q, a in asked]}
+    def questions(self) -> list[dict]:
+        """Samples of open-ended QA."""
+        return [{"question": "what shape is it?", "answer": self.shape, "kind": "shape"},
+                {"question": "what colour is it?", "answer": self.colour, "kind": "colour"},
+                {"question": "what does red turn into?", "answer": ORDERS[self.order],
+                 "kind": "order"}]
+
+    def choices(self, rng: random.Random) -> list[dict]:
+        """Samples of multiple choice, the right option at a random place.
+
+        kind "appearance": the wrong captions tell of other objects. kind "order": the wrong one
+        tells of the twin, which has the same frames.
+        """
+        wrong = {"appearance": [], "order": [self.twin().caption()]}
+        for shape in SHAPES:
+            for colour in COLOURS:
+                if (shape, colour) != (self.shape, self.colour):
+                    wrong["appearance"].append(self.caption(shape=shape, colour=colour))
+        samples = []
+        for kind, options in wrong.items():
+            rng.shuffle(options)
+            place = rng.randrange(len(options) + 1)
+            options.insert(place, self.caption())
+            samples.append({"options": options, "answer": place, "kind": kind})
+        return samples
 
 
-def write_clip(path, frames, fps, options):
-    """H.264 from uint8 (n, h, w, 3), yuv420p, x264 `options` as a dict of strings."""
+def write_clip(path: str | Path, frames: np.ndarray, fps: int, options: dict[str, str]) -> None:
+    """Writes uint8 (n, h, w, 3) as H.264 in yuv420p, with options of x264."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
-def toy(root="data/toy", seed=0):
-    """The embedded data set, generated once: 2600 clips of 80 x 80 px, 3 s at 4 fps. Returns root.
-    An object stands still while the light that fills the frame cycles through three colours one way
-    or the other; or it moves in a still light, which a small model learns more slowly. Clips come
-    in twins of the same frames in reverse order, equal bit for bit, so that no multiset of frames
-    tells order or motion. Per split: SPLIT.jsonl (captions), choice_SPLIT (kinds "appearance",
-    "order", "motion"), qa_SPLIT, probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures),
-    retrieval_SPLIT (the first clip of each meaning with both its wordings)."""
-    root, content = Path(root), json.dumps({"seed": seed, "clips": SPLITS, "version": 3}) + "\n"
-    if (root / "toy.json").is_file() and (root / "toy.json").read_text() == content:
+def toy(root: str | Path = "data/toy", seed: int = 0) -> Path:
+    """Writes the toy set of the proof run, once: 2600 clips of 80 x 80 pixels, 3 s at 4 frames/s.
+
+    An object stands still while the light that fills the frame goes through three colours, one way
+    or the other. Clips come in twins of the same frames in opposite order, equal bit for bit. So
+    no collection of frames tells the order: a model must know which frame follows which.
+
+    Each split has SPLIT.jsonl (captions), choice_SPLIT (kinds "appearance" and "order"), qa_SPLIT,
+    probe_SPLIT, image_SPLIT (a frame of each clip, for mixtures) and retrieval_SPLIT (the first
+    clip of each meaning, with both wordings of its caption). Returns the folder, `root`.
+    """
+    root = Path(root)
+    content = json.dumps({"seed": seed, "clips": SPLITS, "version": 4}) + "\n"
+    stamp = root / "toy.json"
+    if stamp.is_file() and stamp.read_text() == content:
         return root
     if root.exists() and any(root.iterdir()):
         raise DataError(f"{root}: is another toy set or none; give another folder or remove it")
     print(f"writing {sum(SPLITS.values())} toy clips to {root}", file=sys.stderr)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
-        beside = Path(folder, "toy")
-        (beside / "clips").mkdir(parents=True)
+        whole = Path(folder, "toy")                 # takes its name when all is written
+        (whole / "clips").mkdir(parents=True)
         for split, count in SPLITS.items():
-            toy_split(beside, split, count, random.Random(f"{seed} {split}"))
-        (beside / "toy.json").write_text(content)
-        if not (root / "toy.json").is_file():           # unless another job was faster
-            os.rename(beside, root)
+            toy_split(whole, split, count, random.Random(f"{seed} {split}"))
+        (whole / "toy.json").write_text(content)
+        if not stamp.is_file():                     # unless another job was faster
+            os.rename(whole, root)
     return root
 
 
-def toy_split(folder, split, count, draw):
-    """Writes the clips and manifests of one split of the toy set; draw: a random.Random."""
-    lines, meanings = collections.defaultdict(list), {}
+def toy_split(folder: Path, split: str, count: int, rng: random.Random) -> None:
+    """Writes the clips and manifests of one split of the toy set."""
+    lines = collections.defaultdict(list)           # prefix of a manifest's name: its samples
+    retrieval = {}                                  # meaning: its sample
     for i in range(count):
-        clip = ToyClip.drawn(draw) if i % 2 == 0 else clip.twin()
-        frames, texts = clip.frames(), [clip.caption(template=wording) for wording in range(2)]
-        video, image = ({"video": f"clips/{split}_{i:04}.{kind}"} for kind in ("mp4", "png"))
-        write_clip(folder / video["video"], frames, 4, TOY_X264)
-        save_image(torch.from_numpy(frames[i % TOY_FRAMES]).permute(2, 0, 1) / 255,
-                   folder / image["video"])
-        for prefix, samples in clip.samples(draw).items():
-            lines[prefix] += [video | sample for sample in samples]
-        lines["image_"].append(image | {"text": f"{clip.colour} {clip.shape}"})
-        meanings.setdefault(texts[0], video | {"texts": texts})
-    for prefix, samples in (lines | {"retrieval_": meanings.values()}).items():
+        clip = ToyClip.sample(rng) if i % 2 == 0 else clip.twin()
+        frames = clip.frames()
+        video = f"clips/{split}_{i:04}.mp4"
+        image = f"clips/{split}_{i:04}.png"
+        write_clip(folder / video, frames, 4, TOY_X264)
+        save_image(torch.from_numpy(frames[i % TOY_FRAMES]).permute(2, 0, 1) / 255, folder / image)
+
+        captions = [clip.caption(wording=wording) for wording in range(len(WORDINGS))]
+        lines[""].append({"video": video, "text": clip.caption()})
+        lines["probe_"].append({"video": video, "answer": captions[0]})
+        lines["image_"].append({"video": image, "text": f"{clip.colour} {clip.shape}"})
+        for sample in clip.choices(rng):
+            lines["choice_"].append({"video": video, **sample})
+        for sample in clip.questions():
+            lines["qa_"].append({"video": video, **sample})
+        retrieval.setdefault(captions[0], {"video": video, "texts": captions})
+    lines["retrieval_"] = list(retrieval.values())
+    for prefix, samples in lines.items():
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         (folder / f"{prefix}{split}.jsonl").write_text(text)
 

@@ -30,7 +30,7 @@ import textwrap
 import time
 import tracemalloc
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -55,9 +55,8 @@ from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Temporal, 
                       match_logits, mlm_loss, pretraining_batch, pretraining_scores, read_weights,
                       text_embedding, token_rolling, video_embedding, vtc_loss, vtm_loss,
                       vtm_pairs, word_patch_transport)
-from data import (Batches, Clips, DataError, Manifest, Tokenizer, Unreadable,
-                  collate, convert, crop, decode, entries, mask_tokens, sample_frames,
-                  shuffled, vtm_pairs)
+from data import (BatchSampler, Clips, DataError, Manifest, Tokenizer, Unreadable, collate, convert,
+                  crop, decode, entries, sample_frames, shuffled)
 from eval import count_macs, count_parameters
 
 torch.set_num_threads(1)                                 # sums in one order, whoever runs them
@@ -1928,208 +1927,587 @@ def test_a_shard_that_has_changed_is_named(files, tmp_path):
         data.read_frames(sample, range, 32, "release", train=False)
 
 
-@pytest.mark.parametrize("sizes, mix", [([50], ()), ([50, 20], ()), ([50, 20], (1, 3))])
-def test_any_number_of_processes_sees_the_same_batches_and_resuming_skips_nothing(sizes, mix):
-    def run(world, accumulate, start=0, steps=40):
-        parts = [list(Batches(sizes, 24, 3, rank, world, start, accumulate, steps, mix))
-                 for rank in range(world)]
-        return [[visit for part in parts for micro in part[t * accumulate:(t + 1) * accumulate]
-                 for visit in micro] for t in range(steps - start)]
+# ---- Order of visits (Sec. 4.1.1) ----------------------------------------------------------------
 
-    alone = run(1, 4)                                                    # passes of 6 clips
-    assert alone == run(2, 2) == run(4, 1) and alone[7:] == run(2, 2, start=7)
-    assert len(sizes) > 1 or alone == run(1, 1) == run(4, 3)             # of any size
-    visits = [visit for step in alone for visit in step]
-    assert [draw for _, draw in visits] == list(range(24 * 40))
-    passes = [[index for index, _ in visits[i:i + 6]] for i in range(0, len(visits), 6)]
-    assert all(len({index < 50 for index in read}) == 1 for read in passes)     # of one manifest
-    for n, first, share in zip(sizes, (0, 50), mix or sizes):
-        own = [index - first for read in passes for index in read if 0 <= index - first < n]
-        assert abs(len(own) / len(visits) - share / sum(mix or sizes)) < 0.01
-        epochs = [own[i:i + n] for i in range(0, len(own) - n + 1, n)]
-        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)  # each visits all, once
-        assert epochs[0] != epochs[1]
-    with pytest.raises(DataError, match=f"expected {len(sizes)} positive"):
-        Batches(sizes, 24, 3, shares=(1, 1, 1))
+def micro_batches(sizes, world, accumulation_steps, batch=24, start=0, steps=40, shares=()):
+    """Each step's micro-batches on all processes: a list of lists of (sample, visit)."""
+    processes = [list(BatchSampler(sizes, batch, 3, rank, world, start, accumulation_steps, steps,
+                                   shares)) for rank in range(world)]
+    of_steps = []
+    for step in range(steps - start):
+        of_steps.append([])
+        for process in processes:
+            begin = step * accumulation_steps
+            of_steps[-1] += process[begin:begin + accumulation_steps]
+    return of_steps
 
+
+def samples_in(step):
+    return [sample for micro_batch in step for sample, _ in micro_batch]
+
+
+ONE, TWO, MIXED = ([50], ()), ([50, 20], ()), ([50, 20], (1, 3))
+
+
+@pytest.mark.parametrize("sizes, shares", [ONE, TWO, MIXED])
+def test_any_number_of_processes_reads_the_same_micro_batches(sizes, shares):
+    one_process = micro_batches(sizes, 1, 4, shares=shares)
+    assert one_process == micro_batches(sizes, 2, 2, shares=shares)
+    assert one_process == micro_batches(sizes, 4, 1, shares=shares)
+
+
+@pytest.mark.parametrize("sizes, shares", [ONE, TWO, MIXED])
+def test_a_resumed_run_skips_and_repeats_nothing(sizes, shares):
+    whole = micro_batches(sizes, 2, 2, shares=shares)
+    assert micro_batches(sizes, 2, 2, start=7, shares=shares) == whole[7:]
+
+
+def test_micro_batches_of_any_size_read_one_manifest_alike():
+    by_two, by_twelve = micro_batches([50], 4, 3), micro_batches([50], 1, 2)
+    assert len(by_two[0][0]) == 2 and len(by_twelve[0][0]) == 12
+    assert [samples_in(step) for step in by_two] == [samples_in(step) for step in by_twelve]
+
+
+def test_visits_are_counted_from_the_runs_first():
+    steps = micro_batches([50, 20], 2, 2, start=7)
+    visits = [visit for step in steps for micro_batch in step for _, visit in micro_batch]
+    assert visits == list(range(24 * 7, 24 * 40))
+
+
+def test_an_epoch_visits_each_sample_once_in_new_order():
+    read = [sample for step in micro_batches([48], 1, 4) for sample in samples_in(step)]
+    epochs = [read[begin:begin + 48] for begin in range(0, len(read), 48)]
+    assert len(epochs) == 20 and all(sorted(epoch) == list(range(48)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+
+
+@pytest.mark.parametrize("sizes, world, batch, shares", [
+    ([6], 1, 4, ()), ([50], 4, 24, ()), ([24], 4, 24, ()), ([7], 1, 6, ()),
+    ([40, 24], 1, 24, ()), ([40, 40], 2, 24, (1, 2)), ([60, 50, 40], 1, 24, (3, 2, 1))])
+def test_no_step_holds_a_sample_twice(sizes, world, batch, shares):
+    for step in micro_batches(sizes, world, 2, batch, steps=300, shares=shares):
+        assert len(set(samples_in(step))) == batch
+
+
+def test_samples_of_uneven_epochs_are_visited_equally_often():
+    counts = collections.Counter()
+    for step in micro_batches([7], 1, 1, batch=4, steps=2100):
+        counts.update(samples_in(step))
+    assert all(abs(counts[sample] - 1200) < 60 for sample in range(7)), counts
+
+
+@pytest.mark.parametrize("sizes, batch, shares, expected", [
+    ([6], 24, (), [24]),                       # 24 clips of 6: each sample four times
+    ([50, 20], 24, (), [18, 12]),              # 4 micro-batches: at most 3 of one, 2 of the other
+    ([50, 20], 24, (1, 3), [6, 18])])
+def test_the_clips_of_a_step_are_foretold(sizes, batch, shares, expected):
+    sampler = BatchSampler(sizes, batch, 3, accumulation_steps=4, shares=shares)
+    assert sampler.clips_per_step() == expected
+    most = [0] * len(sizes)
+    for step in micro_batches(sizes, 1, 4, batch, steps=500, shares=shares):
+        of_first = sum(sample < sizes[0] for sample in samples_in(step))
+        for manifest, clips in enumerate([of_first, batch - of_first][:len(sizes)]):
+            most[manifest] = max(most[manifest], clips)
+    assert most == expected
+
+
+@pytest.mark.parametrize("sizes, shares", [TWO, MIXED])
+def test_a_micro_batch_reads_one_manifest(sizes, shares):
+    for step in micro_batches(sizes, 1, 4, shares=shares):
+        for micro_batch in step:
+            assert len({sample < 50 for sample, _ in micro_batch}) == 1
+
+
+@pytest.mark.parametrize("sizes, shares, expected", [
+    ([50, 20], (), [5 / 7, 2 / 7]), ([50, 20], (1, 3), [0.25, 0.75]),
+    ([5, 5, 5], (0.1, 0.2, 0.3), [1 / 6, 1 / 3, 1 / 2])])
+def test_manifests_are_read_by_their_shares(sizes, shares, expected):
+    sampler = BatchSampler(sizes, 24, 3, accumulation_steps=4, steps=250, shares=shares)
+    for number in 10, 100, 1000:
+        for count, share in zip(sampler.counts(number), expected):
+            assert abs(count - share * number) < 2              # evenly, from the start
+
+
+@pytest.mark.parametrize("shares", [(1, 1, 1), (1,), (1, 0), (2, -1)])
+def test_shares_that_do_not_fit_are_refused(shares):
+    with pytest.raises(DataError, match="--mix .*: expected 2 positive numbers, one for each"):
+        BatchSampler([50, 20], 24, 3, shares=shares)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
+def test_shuffling_is_a_permutation(n):
+    assert sorted(shuffled(i, n, 5) for i in range(n)) == list(range(n))
+
+
+# ---- Words and batches (Sec. 3.3, 4.2) -----------------------------------------------------------
 
 WORDS = ["a dog runs to the left", "two cats play with a ball", "a man cooks rice"]
 
 
-def test_texts_become_the_same_tokens_anywhere_and_too_long_questions_lose_their_own_last_words():
+def tokens_of(tokenizer, ids):
+    return " ".join(tokenizer.words.id_to_token(i) for i in ids)
+
+
+@pytest.mark.parametrize("text, question, max_len, expected", [
+    ("a dog", None, 40, "[CLS] a dog [SEP]"),
+    ("A DOG", None, 40, "[CLS] a dog [SEP]"),                       # case
+    ("á dög", None, 40, "[CLS] a dog [SEP]"),                       # accents
+    ("", None, 4, "[CLS] [SEP]"),
+    ("a dog runs", None, 4, "[CLS] a dog [SEP]"),
+    ("a dog", "a man", 40, "[CLS] a man [SEP] a dog [SEP]"),
+    ("a dog", "a man", 6, "[CLS] a [SEP] a dog [SEP]"),             # the question loses its end
+    ("a dog runs", "a man", 5, "[CLS] [SEP] a dog [SEP]"),          # and then the text
+    ("a dog", "", 4, "[CLS] a dog [SEP]"),
+    ("a dog \ud83d", None, 40, "[CLS] a dog [SEP]"),                # half an emoji
+    ("a dog", "\udcff", 40, "[CLS] a dog [SEP]"),                   # a byte that is no character
+    ("a fog", None, 40, "[CLS] a f ##o ##g [SEP]")])
+def test_a_text_becomes_these_tokens(text, question, max_len, expected):
+    tokenizer = Tokenizer.train([*WORDS, "f"], 200)
+    assert tokens_of(tokenizer, tokenizer.encode(text, max_len, question)) == expected
+
+
+def test_a_vocabulary_is_the_same_in_every_run():
     tokenizer = Tokenizer.train(WORDS, 200)
     assert tokenizer.words.to_str() == Tokenizer.train(map(str.upper, WORDS), 200).words.to_str()
-    assert tokenizer.encode("Á DOG, runs", 9) == tokenizer.encode("a dog, runs", 9)
-    for text, most, first, expected in [
-            ("a dog", 40, None, "[CLS] a dog [SEP]"), ("", 4, None, "[CLS] [SEP]"),
-            ("a dog runs", 4, None, "[CLS] a dog [SEP]"),
-            ("a dog", 40, "a man", "[CLS] a man [SEP] a dog [SEP]"),
-            ("a dog", 6, "a man", "[CLS] a [SEP] a dog [SEP]")]:
-        ids = tokenizer.encode(text, most, first=first)
-        assert [tokenizer.words.id_to_token(i) for i in ids] == expected.split()
-    assert tokenizer.vocab_size == len(tokenizer.ordinary) + 5
 
 
-def test_a_local_vocabulary_is_read_and_an_unknown_name_asks_for_one(tmp_path):
+def test_a_vocabulary_keeps_the_most_frequent_words():
+    tokenizer = Tokenizer.train(["aa bb bb cc cc cc"], 5 + 6 + 2)   # specials, letters, two words
+    assert tokenizer.words.get_vocab().keys() - set(data.SPECIALS) == {
+        "a", "b", "c", "##a", "##b", "##c", "cc", "bb"}
+
+
+@pytest.fixture
+def vocabulary_files(tmp_path) -> Path:
     tokenizer = Tokenizer.train(WORDS, 200)
-    vocabulary = tokenizer.words.get_vocab()
-    (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+    tokens = tokenizer.words.get_vocab()
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(tokens, key=tokens.get)))
+    tokenizer.words.enable_truncation(4)
+    tokenizer.words.enable_padding(length=9)
     (tmp_path / "tokenizer.json").write_text(tokenizer.words.to_str())
-    (tmp_path / "other.txt").write_text("a\nb\n[UNK]")
-    for file in tmp_path / "vocab.txt", tmp_path / "tokenizer.json":
-        assert Tokenizer.load(file).encode(WORDS[0], 40) == tokenizer.encode(WORDS[0], 40)
-    for name, message in (("no such name", "local vocab.txt"), ("none.txt", "local vocab.txt"),
-                          (tmp_path / "other.txt", "not found in the vocabulary")):
-        with pytest.raises(DataError, match=message):
-            Tokenizer.load(name)
+    (tmp_path / "no_unk.txt").write_text("a\nb\n[UNK]")
+    (tmp_path / "gaps.json").write_text(tokenizer.words.to_str().replace('"rice":', '"rice":9'))
+    return tmp_path
 
 
-def test_masking_hides_a_sixth_of_the_words_and_never_a_special():  # Sec. 3.3: 15 %
-    tokenizer = Tokenizer.train(["some words " * 9], 100)
-    ids = tokenizer.encode("some words zoo " * 12, 40) + [tokenizer.pad_id] * 3
-    specials = tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id
-    torch.manual_seed(0)
-    fates = collections.Counter()
-    for _ in range(3000):
-        masked, positions, labels = mask_tokens(ids, tokenizer)
-        assert labels == [ids[p] for p in positions] and not set(labels) & set(specials)
-        assert all(masked[p] == ids[p] for p in range(len(ids)) if p not in positions)
-        fates["words"] += sum(i not in specials for i in ids)
-        fates["chosen"] += len(positions)
-        fates["masked"] += sum(masked[p] == tokenizer.mask_id for p in positions)
-        fates["kept"] += sum(masked[p] == ids[p] for p in positions)
-        assert not set(masked) & {tokenizer.unk_id} - set(ids)
-    assert abs(fates["chosen"] / fates["words"] - 0.15) < 0.005
-    assert abs(fates["masked"] / fates["chosen"] - 0.8) < 0.02
-    by_chance = 0.1 / len(tokenizer.ordinary)                              # a random word is itself
-    assert abs(fates["kept"] / fates["chosen"] - 0.1 - by_chance) < 0.02
-    tokenizer = Tokenizer.train(["moss", "swoord"], 5)                     # letters only
-    ids = tokenizer.encode("words moss", 40)
-    together = {tuple(mask_tokens(ids, tokenizer, whole_words=True)[1]) for _ in range(300)}
-    assert together == {(), (1, 2, 3, 4, 5), (6, 7, 8, 9), tuple(range(1, 10))}
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
+def test_a_vocabulary_is_read_from_a_file(name, vocabulary_files):
+    expected = Tokenizer.train(WORDS, 200).encode(WORDS[0], 40)
+    assert Tokenizer.load(vocabulary_files / name).encode(WORDS[0], 40) == expected
 
 
-def test_a_mismatched_text_never_meets_a_clip_of_the_same_caption():       # Sec. 3.3, VTM
-    captions, videos, kept = ["a", "b", "a", "c"], ["1", "2", "3", "2"], []
-    torch.manual_seed(0)
-    for _ in range(1000):
-        source, labels = vtm_pairs(captions, videos)
-        for i, (j, label) in enumerate(zip(source, labels)):
-            assert (i == j) if label else (
-                captions[i] != captions[j] and videos[i] != videos[j])     # "a different video"
-        kept += labels
-        assert vtm_pairs(["same"] * 3, "123") == ([0, 1, 2], [1, 1, 1])
-        assert vtm_pairs("abc", ["same"] * 3) == ([0, 1, 2], [1, 1, 1])
-    assert abs(np.mean(kept) - 0.5) < 0.03                                 # p = 0.5
+@pytest.mark.parametrize("name, message", [
+    ("no such name", "give the path of a local vocab.txt"),
+    ("none.txt", "give the path of a local vocab.txt"),
+    ("no_unk.txt", "not found in the vocabulary")])
+def test_a_wrong_vocabulary_is_refused(name, message, vocabulary_files):
+    path = vocabulary_files / name if name.endswith(".txt") else name
+    with pytest.raises(DataError, match=message):
+        Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("texts, expected", [
+    (["a dog runs"], []),
+    (["A Dog, [MASK]!", ""], []),                                   # punctuation is no word
+    (["a zebra runs"], ["zebra"]),                                  # z is no letter of it: [UNK]
+    (["The God ran", "a god"], ["god", "ran"]),                     # g ##o ##d, r ##a ##n
+    (["dogs"], []),                                                 # dog ##s says enough
+    (["towards"], ["towards"]),                                     # to ##w ##a ##r ##d ##s
+    (["dög"], []), (["göd"], ["göd"])])
+def test_words_without_tokens_are_listed(texts, expected):
+    assert Tokenizer.train(WORDS, 200).unknown_words(texts) == expected
 
 
 def clips_of(folder, lines, task="pretrain", **options):
-    """A Clips over `lines` (dicts or captions), written to folder/m.jsonl beside a film, a.mp4."""
+    """Clips over `lines` (samples or captions) of folder/a.mp4, unless a line has its own video."""
     if not (folder / "a.mp4").exists():
         film(folder / "a.mp4", "n=12 w=48 h=40")
-    lines = [{"text": line} if isinstance(line, str) else line for line in lines]
-    (folder / "m.jsonl").write_text(jsonl(*({"video": "a.mp4"} | line for line in lines)))
+    samples = []
+    for line in lines:
+        fields = {"text": line} if isinstance(line, str) else line
+        samples.append({"video": "a.mp4", **fields})
+    (folder / "m.jsonl").write_text(jsonl(*samples))
     options = {"frames": 3, "image_size": 32, "max_text_len": 40, "train": True, **options}
     return Clips(Manifest(folder / "m.jsonl"), Tokenizer.train(WORDS, 200), task, **options)
 
 
-def test_a_sample_is_a_function_of_seed_and_draw_whoever_reads_it(tmp_path):
-    for i in range(24):
-        (tmp_path / f"{i}.mp4").symlink_to(tmp_path / "a.mp4")
-    clips = clips_of(tmp_path, [{"video": f"{i}.mp4", "text": WORDS[i % 3]} for i in range(24)])
+def batch_of(clips, indices, group=None):
+    return collate([clips[index, visit] for visit, index in enumerate(indices)], clips, group)
+
+
+def texts_in(clips, ids, mask):
+    """The texts of (N, m) ids, each as its tokens."""
+    return [tokens_of(clips.tokenizer, row[valid].tolist()) for row, valid in zip(ids, mask)]
+
+
+def many_clips(folder, count=24, **options):
+    """Clips of `count` films with the texts of WORDS in turn."""
+    for i in range(count):
+        (folder / f"{i}.mp4").symlink_to(folder / "a.mp4")
+    lines = [{"video": f"{i}.mp4", "text": WORDS[i % 3]} for i in range(count)]
+    return clips_of(folder, lines, **options)
+
+
+def assert_equal_batches(batch, expected):
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value
+        assert same, name
+
+
+def test_other_processes_read_the_same_batches(tmp_path):
+    clips = many_clips(tmp_path)
     merge = partial(collate, clips=clips, group=4)
-
-    def batches(workers=0, rank=0, world=1):
-        return list(data.load(clips, Batches([24], 16, 0, rank, world, steps=2), merge, workers))
-
-    alone, halves = batches(), [batches(rank=rank, world=2) for rank in range(2)]
-    for one, other in zip(alone, batches(workers=2), strict=True):
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            assert value == other[key] if isinstance(value, list) else value.equal(other[key]), key
-    for name, offset in (("vtm_source", 8), ("vtm_labels", 0)):      # as on two processes
-        both = torch.cat([halves[0][0][name], halves[1][0][name] + offset])
-        assert torch.equal(alone[0][name], both)
-    source = alone[0]["vtm_source"]
-    assert torch.equal(source // 4, torch.arange(16) // 4)                   # within groups of four
-    assert not torch.equal(source, torch.arange(16))
-    for other in (clips[0, 1], replace(clips, seed=1)[0, 0]):
-        assert not torch.equal(clips[0, 0]["video"], other["video"])
-    items = [clips[i, i] for i in range(12)]
-    whole = merge(items)["vtm_source"]
-    del items[1]["video"]                        # an unreadable clip leaves the other groups alone
-    assert torch.equal(merge(items)["vtm_source"][3:] + 1, whole[4:])
+    sampler = BatchSampler([24], 16, 0, steps=2)
+    here = list(data.load(clips, sampler, merge, workers=0))
+    for batch, expected in zip(data.load(clips, sampler, merge, workers=2), here, strict=True):
+        assert_equal_batches(batch, expected)
 
 
-def test_a_pretraining_batch_is_padded_to_stable_shapes(tmp_path):
+@pytest.mark.parametrize("change", [{"visit": 1}, {"seed": 1}])
+def test_another_visit_or_seed_reads_other_pixels(change, tmp_path):
     clips = clips_of(tmp_path, WORDS)
-    batch = collate([clips[i, i] for i in range(3)], clips)
-    assert batch["video"].shape == (3, 3, 3, 32, 32) and batch["video"].dtype == torch.uint8
-    assert batch["text_ids"].shape == batch["mlm_ids"].shape == (3, 8)
-    assert batch["text_mask"].sum(1).tolist() == [len(clips.tokenizer.encode(t, 40)) for t in WORDS]
-    assert len(batch["mlm_where"]) == len(batch["mlm_labels"]) and len(batch["mlm_where"]) % 32 == 0
-    chosen = batch["mlm_labels"] != -100
-    originals = batch["text_ids"].flatten()[batch["mlm_where"]]
-    assert torch.equal(originals[chosen], batch["mlm_labels"][chosen])
-    assert not batch["text_ids"][~batch["text_mask"]].any()                # padding is [PAD], 0
+    other = replace(clips, seed=change.get("seed", 0))[0, change.get("visit", 0)]
+    assert not torch.equal(clips[0, 0]["video"], other["video"])
+    assert torch.equal(clips[0, 0]["video"], clips[0, 0]["video"])
+
+
+def test_reading_leaves_the_callers_random_numbers_alone(tmp_path):
+    clips = clips_of(tmp_path, WORDS)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    clips[0, 0]
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_masks_do_not_depend_on_the_longest_text(tmp_path):      # Sec. 3.3, MLM
+    clips = clips_of(tmp_path, ["a dog runs", "a dog runs to the left " * 5])
+    for visit in range(20):
+        alone = collate([clips[0, visit]], clips)
+        beside = collate([clips[0, visit], clips[1, visit]], clips)
+        assert torch.equal(alone["mlm_ids"][0, :5], beside["mlm_ids"][0, :5])
+
+
+def test_masks_change_from_visit_to_visit(tmp_path):
+    clips = clips_of(tmp_path, WORDS)
+    assert len({tuple(clips[0, visit]["mlm_caption"]) for visit in range(30)}) > 5
+
+
+def test_mlm_labels_are_the_words_that_stood_there(tmp_path):
+    clips = clips_of(tmp_path, WORDS)
+    batch = batch_of(clips, [0, 1, 2] * 8)
+    chosen = batch["mlm_labels"] >= 0
+    positions, labels = batch["mlm_positions"][chosen], batch["mlm_labels"][chosen]
+    assert torch.equal(batch["text_ids"].flatten()[positions], labels)
+    changed = (batch["mlm_ids"] != batch["text_ids"]).flatten().nonzero()[:, 0]
+    assert 0 < len(changed) <= len(labels) and set(changed.tolist()) <= set(positions.tolist())
+    assert batch["mlm_positions"].shape == batch["mlm_labels"].shape == (32,)
+
+
+def test_pieces_of_a_word_are_masked_together(tmp_path):         # release
+    clips = clips_of(tmp_path, ["god ran"], whole_words=True)    # [CLS] g ##o ##d r ##a ##n [SEP]
+    patterns = set()
+    for visit in range(500):
+        labels = clips[0, visit]["mlm_labels"]
+        patterns.add("".join(".x"[label >= 0] for label in labels))
+    assert patterns == {"........", ".xxx....", "....xxx.", ".xxxxxx."}
+
+
+def test_pairs_are_drawn_within_groups_of_neighbours(tmp_path):  # Sec. 3.3, VTM
+    batch = batch_of(many_clips(tmp_path), range(16), group=4)
+    assert torch.equal(batch["vtm_video"] // 4, torch.arange(16) // 4)
+    assert torch.equal(batch["vtm_labels"] == 1, batch["vtm_video"] == torch.arange(16))
+    assert 0 < batch["vtm_labels"].sum() < 16
+
+
+def test_two_processes_draw_the_pairs_of_one(tmp_path):
+    clips = many_clips(tmp_path)
+    items = [clips[i, i] for i in range(16)]
+    whole = collate(items, clips, group=4)
+    halves = [collate(items[:8], clips, group=4), collate(items[8:], clips, group=4)]
+    assert torch.equal(whole["vtm_labels"], torch.cat([half["vtm_labels"] for half in halves]))
+    assert torch.equal(whole["vtm_video"][:8], halves[0]["vtm_video"])
+    assert torch.equal(whole["vtm_video"][8:], halves[1]["vtm_video"] + 8)
+
+
+def test_pairs_change_from_epoch_to_epoch(tmp_path):
+    clips = many_clips(tmp_path)
+    pairs = set()
+    for epoch in range(5):
+        items = [clips[i, 24 * epoch + i] for i in range(8)]
+        pairs.add(tuple(collate(items, clips)["vtm_video"].tolist()))
+    assert len(pairs) == 5
+
+
+def test_an_unreadable_clip_leaves_other_groups_alone(tmp_path):
+    clips = many_clips(tmp_path)
+    items = [clips[i, i] for i in range(12)]
+    expected = collate(items, clips, group=4)["vtm_video"][4:]
+    del items[1]["video"]
+    batch = collate(items, clips, group=4)
+    assert torch.equal(batch["vtm_video"][3:] + 1, expected)
+    assert batch["index"].tolist() == [0, *range(2, 12)]
+
+
+def test_clips_of_one_film_are_never_a_mismatch(tmp_path):
+    clips = clips_of(tmp_path, WORDS)                            # three texts of a.mp4
+    assert batch_of(clips, [0, 1, 2] * 5)["vtm_labels"].all()
+
+
+@pytest.mark.parametrize("text, max_text_len, expected", [
+    ("a dog", 40, 8), ("a dog runs to the left", 40, 8), ("a dog runs to the left a", 40, 16),
+    ("a dog runs to the left " * 9, 40, 40), ("a dog runs to the left " * 9, 20, 20)])
+def test_texts_are_padded_to_multiples_of_eight(text, max_text_len, expected, tmp_path):
+    clips = clips_of(tmp_path, ["a", text], max_text_len=max_text_len)
+    batch = batch_of(clips, [0, 1])
+    assert batch["text_ids"].shape == batch["text_mask"].shape == (2, expected)
+    assert batch["mlm_ids"].shape == (2, expected)
+
+
+def test_padding_is_the_pad_token_under_a_false_mask(tmp_path):
+    clips = clips_of(tmp_path, ["a dog", "a man cooks rice"])
+    batch = batch_of(clips, [0, 1])
+    assert batch["text_mask"].sum(1).tolist() == [4, 6]
+    assert (batch["text_ids"][~batch["text_mask"]] == clips.tokenizer.pad_id).all()
+    assert texts_in(clips, batch["text_ids"], batch["text_mask"]) == [
+        "[CLS] a dog [SEP]", "[CLS] a man cooks rice [SEP]"]
+
+
+def test_images_are_clips_of_one_frame(tmp_path):
     picture(tmp_path / "i.png", (48, 40))
-    mixed = clips_of(tmp_path, [{"video": v, "text": "a"} for v in ("i.png", "i.png", "a.mp4")])
-    assert collate([mixed[0, 0], mixed[1, 1]], mixed)["video"].shape == (2, 1, 3, 32, 32)
-    with pytest.raises(DataError, match="m.jsonl:3: images and clips in one manifest"):
-        collate([mixed[0, 0], mixed[2, 0]], mixed)
+    clips = clips_of(tmp_path, [{"video": "i.png", "text": "a"}] * 2)
+    assert batch_of(clips, [0, 1])["video"].shape == (2, 1, 3, 32, 32)
 
 
-def test_each_task_gets_the_words_it_needs(tmp_path):
-    choice = clips_of(tmp_path, [
-        {"options": WORDS, "answer": 1, "question": "what now", "kind": "x"},
-        {"options": WORDS[:2], "answer": WORDS[0]}], "choice", train=False)
-    batch = collate([choice[0, 0], choice[1, 1]], choice)
-    assert batch["label"].tolist() == [1, 0] and batch["kind"] == ["x", None]
-    assert batch["option_mask"].tolist() == [[True] * 3, [True, True, False]]
-    assert batch["text_ids"].shape == batch["text_mask"].shape
-    assert batch["text_mask"].shape[:2] == (2, 3) and not batch["text_mask"][1, 2].any()
-    table = clips_of(tmp_path, [{"options": ["x", "y"], "answer": "1"}], "choice")   # a cell
-    assert table[0, 0]["label"] == 1
-    encoded = choice.tokenizer.encode(WORDS[2], 40, "what now")
-    assert batch["text_ids"][0, 2][batch["text_mask"][0, 2]].tolist() == encoded
-
-    asked = [{"question": "who", "answer": a} for a in ("cow", "cow", "dog", "dog", "dog", "yak")]
-    qa = clips_of(tmp_path, asked, "qa", train=False, answers=["cat", "dog"], views=3)
-    assert data.answers_of(qa.manifest) == ["dog", "cow", "yak"]     # commonest first
-    batch = collate([qa[2, 0], qa[5, 1]], qa)
-    assert batch["label"].tolist() == [1, -1] and batch["video"].shape == (2, 3, 3, 3, 32, 32)
-    assert not torch.equal(batch["video"][0, 0], batch["video"][0, 2])     # views differ in time
-    for task, line, message in [
-            ("choice", {"options": WORDS, "answer": 3}, '"answer" is 3; expected an index into'),
-            ("choice", {"texts": WORDS}, 'lacks "options"; its keys are video, texts'),
-            ("qa", {"question": "a", "anwser": "b"}, 'lacks "answer"; rename "anwser" to "answer"'),
-            ("pretrain", {"caption": "a cat"}, 'lacks "text"; rename "caption" to "text"; its')]:
-        with pytest.raises(DataError, match=f"m.jsonl:1: {message}"):
-            clips_of(tmp_path, [line], task)[0, 0]
+def test_images_and_clips_do_not_mix(tmp_path):
+    picture(tmp_path / "i.png", (48, 40))
+    clips = clips_of(tmp_path, [{"video": video, "text": "a"} for video in ("i.png", "a.mp4")])
+    with pytest.raises(DataError, match="m.jsonl:2: images and clips in one manifest"):
+        batch_of(clips, [0, 1])
 
 
-def test_retrieval_reads_all_captions_in_evaluation_and_in_training_one_among_false_ones(tmp_path):
-    lines = [{"texts": WORDS}, "rice", "a ball", WORDS[0]]
-    clips = clips_of(tmp_path, lines, "retrieval", train=False)
-    batch = collate([clips[0, 0], clips[1, 1]], clips)
-    assert batch["text_clip"].tolist() == [0, 0, 0, 1] and len(batch["text_ids"]) == 4
-    clips.train, clips.false_texts = True, 9                              # Sec. 4.2.2
-    (tmp_path / "other.jsonl").write_text(jsonl({"video": "a.mp4", "text": "of another set"}))
+def test_a_batch_says_which_lines_it_holds(tmp_path):
+    clips = clips_of(tmp_path, [{"text": "a", "kind": "x"}, "b"])
+    (tmp_path / "other.jsonl").write_text(jsonl({"video": "none.mp4", "text": "c"}))
+    clips.manifest = Manifest([tmp_path / "m.jsonl", tmp_path / "other.jsonl"])
+    batch = batch_of(clips, [1, 0])
+    assert batch["index"].tolist() == [1, 0] and batch["kind"] == [None, "x"]
+    assert [line.rsplit("/")[-1] for line in batch["source_line"]] == ["m.jsonl:2", "m.jsonl:1"]
+    assert batch["manifest_id"].tolist() == [0, 0]
+    assert clips[2, 0]["manifest_id"] == 1 and "video" not in clips[2, 0]
+
+
+def test_an_unreadable_clip_is_named_and_left_out(tmp_path):
+    clips = clips_of(tmp_path, ["a dog", {"video": "none.mp4", "text": "a"}], train=False)
+    batch = batch_of(clips, [0, 1])
+    assert batch["index"].tolist() == [0] and len(batch["video"]) == 1
+    assert re.fullmatch(r"\S+m.jsonl:2: \S+none.mp4: no such file", batch["unreadable"][0])
+    empty = batch_of(clips, [1])
+    assert empty["index"].shape == (0,) and "video" not in empty and len(empty["unreadable"]) == 1
+
+
+def test_options_are_padded_to_the_most_of_a_clip(tmp_path):     # Sec. 4.2.1, 4.2.3
+    clips = clips_of(tmp_path, [{"options": WORDS, "answer": 1, "question": "a man"},
+                                {"options": WORDS[:2], "answer": 0}], "choice", train=False)
+    batch = batch_of(clips, [0, 1])
+    assert batch["option_mask"].tolist() == [[True, True, True], [True, True, False]]
+    assert batch["option_ids"].shape == batch["option_text_mask"].shape == (2, 3, 16)
+    assert not batch["option_text_mask"][1, 2].any()
+    assert (batch["option_ids"][1, 2] == clips.tokenizer.pad_id).all()
+    assert texts_in(clips, batch["option_ids"][0], batch["option_text_mask"][0])[2] == (
+        "[CLS] a man [SEP] a man cooks rice [SEP]")
+    assert texts_in(clips, batch["option_ids"][1], batch["option_text_mask"][1])[:2] == [
+        "[CLS] a dog runs to the left [SEP]", "[CLS] two cats play with a ball [SEP]"]
+    assert batch["label"].tolist() == [1, 0] and "text_ids" not in batch
+
+
+@pytest.mark.parametrize("answer, expected", [(1, 1), ("1", 1), ("y", 1), ("x", 0)])
+def test_an_answer_is_an_index_or_an_option(answer, expected, tmp_path):
+    clips = clips_of(tmp_path, [{"options": ["x", "y"], "answer": answer}], "choice")
+    assert clips[0, 0]["label"] == expected
+
+
+def test_questions_are_answered_by_a_class(tmp_path):            # Sec. 4.2.1
+    lines = [{"question": "a dog", "answer": "rice"}, {"question": "a", "answer": "no class"}]
+    clips = clips_of(tmp_path, lines, "qa", answers=["ball", "rice"])
+    batch = batch_of(clips, [0, 1])
+    assert batch["label"].tolist() == [1, -1]
+    assert texts_in(clips, batch["text_ids"], batch["text_mask"]) == [
+        "[CLS] a dog [SEP]", "[CLS] a [SEP]"]
+
+
+def test_a_probe_reads_a_class_and_no_words(tmp_path):           # Tab. 12
+    clips = clips_of(tmp_path, [{"answer": "rice"}], "probe", answers=["ball", "rice"])
+    batch = batch_of(clips, [0])
+    assert batch["label"].tolist() == [1] and not any("text" in name for name in batch)
+
+
+def answers_in(folder, lines):
+    (folder / "m.jsonl").write_text(jsonl(*({"video": "a.mp4", **line} for line in lines)))
+    return data.answers_of(Manifest(folder / "m.jsonl"))
+
+
+def test_classes_are_the_answers_by_frequency(tmp_path):
+    answers = ["cow", "cow", "dog", 7, "dog", "dog", 7, 7, 7]
+    assert answers_in(tmp_path, [{"answer": answer} for answer in answers]) == ["7", "dog", "cow"]
+
+
+def test_a_list_of_answers_beside_the_manifest_counts(tmp_path):
+    (tmp_path / "answers.json").write_text('["cat", "dog", 7, "cat"]')
+    assert answers_in(tmp_path, [{"answer": "cow"}, {"answer": "dog"}]) == ["cat", "dog", "7"]
+
+
+@pytest.mark.parametrize("listed, lines, message", [
+    ('["cat"]', [{"answer": "cow"}], "answers.json: holds no answer of .*m.jsonl; it may belong"),
+    ('{"cat"', [{"answer": "cat"}], "answers.json: not a JSON list of answers"),
+    ("7", [{"answer": "cat"}], "answers.json: not a JSON list of answers"),
+    (None, [{"text": "a cat"}], 'm.jsonl: no line has an "answer"')])
+def test_answers_that_do_not_fit_are_refused(listed, lines, message, tmp_path):
+    if listed:
+        (tmp_path / "answers.json").write_text(listed)
+    with pytest.raises(DataError, match=message):
+        answers_in(tmp_path, lines)
+
+
+@pytest.mark.parametrize("task, line, message", [
+    ("choice", {"options": WORDS, "answer": 3}, '"answer" is 3; expected an index into the 3'),
+    ("choice", {"options": WORDS, "answer": -1}, '"answer" is -1; expected an index'),
+    ("choice", {"options": WORDS}, '"answer" is None; expected an index'),
+    ("choice", {"texts": WORDS}, 'lacks "options"; its keys are video, texts'),
+    ("qa", {"answer": "a"}, 'lacks "question"'),
+    ("qa", {"question": "a", "anwser": "b"}, 'lacks "answer"; rename "anwser" to "answer"'),
+    ("probe", {"text": "a"}, 'lacks "answer"'),
+    ("retrieval", {"answer": "a"}, 'lacks "text"'),
+    ("pretrain", {"caption": "a cat"}, 'lacks "text"; rename "caption" to "text"; its')])
+def test_a_line_without_a_tasks_words_is_named(task, line, message, tmp_path):
+    with pytest.raises(DataError, match=f"m.jsonl:1: {message}"):
+        clips_of(tmp_path, [line], task)[0, 0]
+
+
+def test_an_unknown_task_is_refused_at_once(tmp_path):
+    with pytest.raises(DataError, match="no task 'frame'; expected one of pretrain, retrieval, "
+                                        "choice, qa, probe"):
+        clips_of(tmp_path, WORDS, "frame")
+
+
+def test_retrieval_is_scored_on_all_captions(tmp_path):          # Sec. 4.2.2
+    clips = clips_of(tmp_path, [{"texts": WORDS}, "rice"], "retrieval", train=False)
+    batch = batch_of(clips, [0, 1])
+    assert batch["text_clip"].tolist() == [0, 0, 0, 1]
+    assert texts_in(clips, batch["text_ids"], batch["text_mask"]) == [
+        f"[CLS] {text} [SEP]" for text in [*WORDS, "rice"]]
+
+
+def test_retrieval_trains_on_each_caption_in_turn(tmp_path):
+    clips = clips_of(tmp_path, [{"texts": WORDS}], "retrieval")
+    batch = batch_of(clips, [0] * 30)
+    assert set(texts_in(clips, batch["text_ids"], batch["text_mask"])) == {
+        f"[CLS] {text} [SEP]" for text in WORDS}
+
+
+def false_captions_of(folder, lines, visits=60):
+    """What retrieval sets beside the captions of the first line, over many visits."""
+    clips = clips_of(folder, lines, "retrieval", false_captions=3)
+    options = [clips[0, visit]["options"][1:] for visit in range(visits)]
+    return {tokens_of(clips.tokenizer, ids)[6:-6] for ids in itertools.chain(*options)}
+
+
+def test_the_first_option_is_the_clips_caption(tmp_path):
+    clips = clips_of(tmp_path, WORDS, "retrieval", false_captions=9)
+    batch = batch_of(clips, [0, 1, 2])
+    m = batch["text_ids"].shape[1]
+    assert torch.equal(batch["option_ids"][:, 0, :m], batch["text_ids"])
+    assert batch["label"].tolist() == [0, 0, 0] and batch["option_mask"].sum() > 12
+
+
+def test_false_captions_are_not_those_of_the_clip(tmp_path):
+    assert false_captions_of(tmp_path, [{"texts": WORDS[:2]}, WORDS[0], WORDS[2]]) == {WORDS[2]}
+
+
+def test_every_caption_of_a_false_line_is_drawn(tmp_path):
+    assert false_captions_of(tmp_path, ["rice", {"texts": WORDS}]) == set(WORDS)
+
+
+def test_false_captions_come_from_the_same_manifest(tmp_path):
+    clips = clips_of(tmp_path, ["rice", "a ball"], "retrieval", false_captions=9)
+    (tmp_path / "other.jsonl").write_text(jsonl({"video": "a.mp4", "text": "dog"}))
     clips.manifest = Manifest([tmp_path / "other.jsonl", tmp_path / "m.jsonl"])
-    drawn = [clips[1, draw]["ids"] for draw in range(30)]      # the first line of the second set
-    for texts, expected in (([ids[0] for ids in drawn], WORDS),
-                            (sum([ids[1:] for ids in drawn], []), ["rice", "a ball"])):
-        assert {tuple(ids) for ids in texts} == {tuple(clips.encode(text)) for text in expected}
-    assert max(map(len, drawn)) > 5                            # as many as asked but for its own
+    items = [clips[1, visit] for visit in range(30)]             # "rice", line 1 of the second
+    options = set(itertools.chain(*(map(tuple, item["options"]) for item in items)))
+    assert options == {tuple(clips.encode("rice")), tuple(clips.encode("a ball"))}
 
 
-def test_a_video_of_many_captions_gives_one_window_a_visit(tmp_path):      # HowTo100M
-    film(tmp_path / "long.mp4", "n=300 w=48 h=40 g=30")                 # 10 s
-    windows = [[0, 2, "a dog"], [7, 9, "a man"]]
-    clips = clips_of(tmp_path, [{"video": "long.mp4", "captions": windows}])
-    assert {clips[0, draw]["caption"] for draw in range(20)} == {"a dog", "a man"}
-    sample = clips.manifest[0]
-    assert clips.captions(sample) and sample["end"] - max(sample["start"], 0) <= data.MIN_WINDOW
+def test_retrieval_can_be_trained_on_binary_matches(tmp_path):   # Sec. 3.3, VTM
+    batch = batch_of(many_clips(tmp_path, task="retrieval"), range(8))
+    assert batch["vtm_video"].shape == batch["vtm_labels"].shape == (8,)
+    assert (batch["vtm_labels"] == 0).any()
+
+
+@pytest.mark.parametrize("window, expected", [
+    ([2, 9], (2, 9)),                  # long enough
+    ([6, 8], (5, 9)),                  # widened to 4 s about its middle
+    ([0, 2], (0, 3)),                  # but nothing begins before the clip
+    ([0.5, 4.5], (0.5, 4.5))])
+def test_a_short_window_is_widened_to_four_seconds(window, expected, tmp_path):
+    clips = clips_of(tmp_path, [{"captions": [[*window, "a dog"]]}])
+    assert clips.read_words(clips.manifest[0])["window"] == expected
+
+
+WINDOWS = {"captions": [[0, 4, "a dog"], [6, 10, "a man"]]}
+
+
+def test_training_draws_a_window_with_its_caption(tmp_path):     # HowTo100M
+    clips = clips_of(tmp_path, [WINDOWS])
+    read = set()
+    for visit in range(20):
+        item = clips[0, visit]
+        read.add((tokens_of(clips.tokenizer, item["caption"]), item["window"]))
+    assert read == {("[CLS] a dog [SEP]", (0, 4)), ("[CLS] a man [SEP]", (6, 10))}
+
+
+def test_only_the_captions_window_is_read(tmp_path):
+    film(tmp_path / "a.mp4", "n=300 w=48 h=40 g=30")             # 10 s
+    lines = [{"captions": [[6, 10, "a"]]}, {"start": 6, "end": 10, "text": "a"}, "a"]
+    clips = clips_of(tmp_path, lines, train=False)
+    of_caption, of_line, whole = (clips[i, 0]["video"] for i in range(3))
+    assert torch.equal(of_caption, of_line) and not torch.equal(of_caption, whole)
+
+
+@pytest.mark.parametrize("task, entry", [("pretrain", "caption"), ("retrieval", "all_captions")])
+def test_evaluation_reads_the_first_window(task, entry, tmp_path):
+    clips = clips_of(tmp_path, [WINDOWS], task, train=False)
+    dog = clips.encode("a dog")
+    for visit in range(9):
+        item = clips[0, visit]
+        assert item["window"] == (0, 4) and item[entry] in (dog, [dog])
+
+
+def test_views_differ_in_time(tmp_path):                         # the 3 x 3 frames of Tab. 2
+    clips = clips_of(tmp_path, WORDS, train=False, views=3)
+    video = batch_of(clips, [0, 1])["video"]
+    assert video.shape == (2, 3, 3, 3, 32, 32)
+    assert not torch.equal(video[0, 0], video[0, 1]) and not torch.equal(video[0, 1], video[0, 2])
+
+
+@pytest.mark.parametrize("order, expected", [
+    ("forward", [0, 1, 2]), ("reversed", [2, 1, 0]), ("first", [0, 0, 0])])
+def test_frames_are_seen_in_the_stated_order(order, expected, tmp_path):
+    clips = clips_of(tmp_path, WORDS, train=False)
+    video = clips[0, 0]["video"]
+    assert torch.equal(replace(clips, order=order)[0, 0]["video"], video[expected])
+
+
+def test_shuffled_frames_are_the_same_frames(tmp_path):
+    clips = clips_of(tmp_path, WORDS, train=False)
+    expected = {frame.numpy().tobytes() for frame in clips[0, 0]["video"]}
+    orders = set()
+    for visit in range(30):
+        video = replace(clips, order="shuffled")[0, visit]["video"]
+        frames = tuple(frame.numpy().tobytes() for frame in video)
+        orders.add(frames)
+        assert set(frames) == expected
+    assert len(orders) == 6
 
 
 def test_crops_are_alike_in_all_frames():
@@ -2160,44 +2538,77 @@ def test_boxes_in_pixels_of_the_stored_image_wear_the_colour_of_their_identity(t
     assert columns.min() in range(36, 39) and columns.max() in range(61, 65)
 
 
+# ---- Reading in processes that may die -----------------------------------------------------------
+
 class Deadly(Clips):
-    """Clips whose sample 2 kills the process that reads it and whose sample 5 never returns."""
+    """Clips whose line 3 kills the process that reads it and whose line 6 never returns."""
 
     def read_video(self, sample):
+        line = sample["source_line"].split(":")[-1]
         with open(Path(sample["video"]).parent / "tries", "a") as tries:
-            print(sample["where"].split(":")[-1], file=tries)
-        if sample["where"].endswith(":3"):
+            print(line, file=tries)
+        if line == "3":
             os._exit(11)
-        if sample["where"].endswith(":6"):
+        if line == "6":
             time.sleep(1000)
         return torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
 
 
+def read_deadly(folder, begins, workers=1, train=True):
+    """Batches of three lines from each of `begins` on; what was tried stands in folder/tries."""
+    plain = clips_of(folder, [WORDS[0]] * 9)
+    clips = Deadly(plain.manifest, plain.tokenizer, "pretrain", 3, 32, 40, train)
+    keys = []
+    for begin in begins:
+        keys.append([(line, 100 * len(keys) + line) for line in range(begin, begin + 3)])
+    return list(data.load(clips, keys, partial(collate, clips=clips), workers, timeout=1))
+
+
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_reader_that_dies_or_hangs_costs_only_its_clip_which_evaluation_never_replaces(
-        workers, tmp_path):
-    plain = clips_of(tmp_path, texts(WORDS[0]) * 9)
-    clips = Deadly(plain.manifest, plain.tokenizer, "pretrain", 3, 32, 40, train=True)
-    keys = [[(i, 10 * t + i) for i in range(begin, begin + 3)]
-            for t, begin in enumerate((0, 3, 6, 3, 0))]
-    batches = list(data.load(clips, keys, partial(collate, clips=clips), workers, timeout=1))
-    errors = [error for batch in batches for error in batch["errors"]]
-    assert len(errors) == 4 and errors[:2] == [errors[3], errors[2]]
-    assert "m.jsonl:3: took its reader down (exit code 11)" in errors[0]
-    assert "m.jsonl:6: took longer than 1 s" in errors[1]
-    indices = [batch["index"].tolist() for batch in batches]       # the next line stands in
-    assert indices == [[0, 1, 3], [3, 4, 6], [6, 7, 8], [3, 4, 6], [0, 1, 3]]
-    tries = collections.Counter((tmp_path / "tries").read_text().split())
-    assert workers > 1 or (tries["3"], tries["6"]) == (2, 1)       # remembered, not tried again
-    clips.train = False
-    (batch,) = data.load(clips, keys[:1], partial(collate, clips=clips), workers, timeout=1)
-    assert batch["index"].tolist() == [0, 1] and "took its reader down" in batch["errors"][0]
-    (batch,) = data.load(clips, [[(2, 2)]], partial(collate, clips=clips), workers, timeout=1)
-    assert batch["index"].tolist() == [] and "video" not in batch
+def test_the_next_line_stands_in_for_an_unreadable_clip(workers, tmp_path):
+    batches = read_deadly(tmp_path, [0, 3, 6], workers)
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1, 3], [3, 4, 6], [6, 7, 8]]
+    assert [len(batch["unreadable"]) for batch in batches] == [1, 1, 0]
+
+
+@pytest.fixture(scope="module")
+def deadly(tmp_path_factory):
+    """Batches of lines 1 to 3 and 4 to 6, each read twice, and how often each line was tried."""
+    folder = tmp_path_factory.mktemp("deadly")
+    batches = read_deadly(folder, [0, 3, 0, 3])
+    return batches, collections.Counter((folder / "tries").read_text().split())
+
+
+def test_a_reader_that_dies_costs_its_clip(deadly):
+    (batch, *_), _ = deadly
+    assert batch["unreadable"][0].endswith("m.jsonl:3: took its reader down (exit code 11)")
+
+
+def test_a_reader_that_hangs_costs_its_clip(deadly):
+    (_, batch, *_), _ = deadly
+    assert batch["unreadable"][0].endswith("m.jsonl:6: took longer than 1 s to read")
+
+
+def test_a_deadly_clip_is_remembered(deadly):
+    (first, second, *again), tries = deadly
+    assert [batch["unreadable"] for batch in again] == [first["unreadable"], second["unreadable"]]
+    assert tries["3"] == 2               # once more: a dead reader may have been an accident
+    assert tries["6"] == 1
+
+
+def test_evaluation_replaces_no_clip(tmp_path):
+    (batch,) = read_deadly(tmp_path, [0], train=False)
+    assert batch["index"].tolist() == [0, 1] and "took its reader down" in batch["unreadable"][0]
+
+
+def test_a_manifest_of_unreadable_clips_stops_training(tmp_path):
+    clips = clips_of(tmp_path, [{"video": "none.mp4", "text": "a"}] * 3)
+    with pytest.raises(DataError, match="3 clips in a row cannot be read, the first: .*none.mp4"):
+        list(data.load(clips, [[(0, 0)]], partial(collate, clips=clips), workers=0))
 
 
 @on_linux
-def test_a_deadline_is_that_of_a_task_and_a_reader_ends_with_its_trainer():
+def test_a_deadline_is_that_of_one_task_and_a_reader_ends_with_its_trainer():
     code = ("import data, os, time; readers = data.Readers(time.sleep, 1, 1); readers(0.0); "
             "time.sleep(1.5); readers(0.5); print(readers.processes[0].pid, flush=True); "
             "os.kill(os.getpid(), 9)")
@@ -2206,6 +2617,57 @@ def test_a_deadline_is_that_of_a_task_and_a_reader_ends_with_its_trainer():
     while Path(f"/proc/{int(pid)}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@dataclass(eq=False)
+class Sleepy(Clips):
+    """Clips that take `seconds` to read on average: each from a quarter of that to seven."""
+
+    seconds: float = 0.0
+
+    def __getitem__(self, key):
+        index, visit = key
+        time.sleep(self.seconds * (0.25 + 1.5 * (visit * 0.618034 % 1)))
+        return {"index": index, "visit": visit, "unreadable": [], "video": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("micro_batch, accumulation_steps, steps", [
+    (16, 1, 12), (64, 1, 4), (128, 1, 3), (16, 8, 3)])
+def test_a_gpu_seldom_waits_for_clips(micro_batch, accumulation_steps, steps, tmp_path):
+    """Readers are 1.5 times as fast as a sleeping "GPU", during which the loop cannot fetch."""
+    step_clips = micro_batch * accumulation_steps
+    gpu_seconds, workers = 0.003, 3                              # of a clip
+    plain = clips_of(tmp_path, WORDS)
+    clips = Sleepy(plain.manifest, plain.tokenizer, "pretrain", 3, 32, 40, True,
+                   seconds=workers * gpu_seconds / 1.5)
+    sampler = BatchSampler([3], step_clips, 0, accumulation_steps=accumulation_steps,
+                           steps=steps + 1)
+    stream = data.load(clips, sampler, len, workers, clips_ahead=2 * step_clips)
+
+    idle = 0.0
+    for step in range(steps + 1):
+        begin = time.monotonic()
+        for _ in range(accumulation_steps):
+            assert next(stream) == micro_batch
+        if step > 0:                                             # before that, readers start
+            idle += time.monotonic() - begin
+        time.sleep(step_clips * gpu_seconds)
+    busy = steps * step_clips * gpu_seconds
+    assert idle / (idle + busy) < 0.25
+
+
+@pytest.mark.parametrize("image_size, expected", [
+    (32, 100),                 # as many as asked for
+    (4096, 7)])                # 151 MB a clip: as many as READ_AHEAD, 1 GiB, holds
+def test_reading_ahead_stays_within_its_bytes(image_size, expected, tmp_path):
+    plain = clips_of(tmp_path, WORDS)
+    clips = Sleepy(plain.manifest, plain.tokenizer, "pretrain", 3, image_size, 40, True)
+    keys, taken = [[(0, visit)] for visit in range(300)], []
+    watched = (taken.append(key) or key for key in keys)
+    stream = data.load(clips, watched, len, workers=1, clips_ahead=100)
+    next(stream)
+    stream.close()
+    assert len(taken) == 1 + expected
 
 
 FAULTS = [  # a line, and the faults that the data doctor finds in it
@@ -2298,6 +2760,103 @@ def test_the_data_doctor_says_how_many_processes(tmp_path, capsys):
         r"(\d+) reading processes \(--workers (\d+)\)", capsys.readouterr().out).groups()
     assert abs(int(processes) - 1000 / int(rate)) < 1.1
     assert workers == processes
+
+
+# ---- The toy set ---------------------------------------------------------------------------------
+
+def toy_clips(count):
+    rng = random.Random(7)
+    return [data.ToyClip.sample(rng) for _ in range(count)], rng
+
+
+def test_a_toy_clip_and_its_twin_hold_the_same_frames(tmp_path):
+    for clip in toy_clips(6)[0]:
+        decoded = []
+        for one in clip, clip.twin():
+            data.write_clip(tmp_path / "a.mp4", one.frames(), 4, data.TOY_X264)
+            decoded.append(decode(tmp_path / "a.mp4", range))
+        assert torch.equal(decoded[0], decoded[1].flip(0))       # in reverse, bit for bit
+        assert clip.caption() != clip.twin().caption()
+        assert clip.twin().twin() == clip
+
+
+@pytest.mark.parametrize("start_light, order, expected", [
+    (0, 0, "red green blue"), (0, 1, "red blue green"), (1, 0, "green blue red"),
+    (2, 1, "blue green red")])
+def test_a_toy_caption_says_what_red_turns_into(start_light, order, expected):
+    (clip,), _ = toy_clips(1)
+    clip = replace(clip, start_light=start_light, order=order, brightness=1.0)
+    corners = [tuple(frame[0, 0]) for frame in clip.frames()]
+    lights = dict(zip(data.LIGHTS, ("red", "green", "blue")))
+    assert [lights[corner] for corner in corners[::4]] == expected.split()
+    assert corners[::4] == corners[3::4]                         # four frames in each light
+    cycle = (expected + " " + expected).split()
+    assert f"red turns {cycle[cycle.index('red') + 1]}" in clip.caption()
+
+
+def test_toy_options_are_distinct_and_one_is_right():
+    clips, rng = toy_clips(300)
+    places = collections.defaultdict(collections.Counter)
+    for clip in clips:
+        for sample in clip.choices(rng):
+            options = sample["options"]
+            expected = {"appearance": 4, "order": 2}[sample["kind"]]
+            assert len(set(options)) == len(options) == expected
+            assert [option == clip.caption() for option in options].index(True) == sample["answer"]
+            places[sample["kind"]][sample["answer"]] += 1
+    for kind, chance in ("appearance", 1 / 4), ("order", 1 / 2):
+        for count in places[kind].values():
+            assert abs(count / 300 - chance) < 0.09              # the place tells nothing
+
+
+def test_the_wrong_order_is_the_twins_caption():
+    clips, rng = toy_clips(20)
+    for clip in clips:
+        appearance, order = clip.choices(rng)
+        assert set(order["options"]) == {clip.caption(), clip.twin().caption()}
+        assert clip.twin().caption() not in appearance["options"]
+
+
+def test_toy_questions_have_the_clips_answers():
+    (clip,), _ = toy_clips(1)
+    clip = replace(clip, shape="ring", colour="white", order=1)
+    assert [(sample["kind"], sample["answer"]) for sample in clip.questions()] == [
+        ("shape", "ring"), ("colour", "white"), ("order", "blue")]
+
+
+@pytest.mark.parametrize("shape, colour, centre, edge", [
+    ("square", "white", 255, 255), ("square", "black", 0, 0), ("ring", "white", None, 255)])
+def test_a_toy_object_is_drawn_at_its_centre(shape, colour, centre, edge):
+    (clip,), _ = toy_clips(1)
+    clip = replace(clip, shape=shape, colour=colour, x=40, y=38, radius=14)
+    frame = clip.frames()[0]
+    light = frame[0, 0].tolist()
+    assert frame[38, 40].tolist() == (light if centre is None else [centre] * 3)
+    assert frame[38, 52].tolist() == frame[26, 40].tolist() == [edge] * 3
+    assert frame[38, 55].tolist() == frame[23, 40].tolist() == light
+
+
+def test_a_split_of_the_toy_set_has_these_manifests(tmp_path):
+    (tmp_path / "clips").mkdir()
+    data.toy_split(tmp_path, "val", 40, random.Random(0))
+    lines = {path.name: lines_of(path) for path in tmp_path.glob("*.jsonl")}
+    assert {name: len(samples) for name, samples in lines.items()} == {
+        "val.jsonl": 40, "choice_val.jsonl": 80, "qa_val.jsonl": 120, "probe_val.jsonl": 40,
+        "image_val.jsonl": 40, "retrieval_val.jsonl": 8}         # 2 shapes, 2 colours, 2 orders
+    for name, task in [("val", "pretrain"), ("choice_val", "choice"), ("qa_val", "qa"),
+                       ("probe_val", "probe"), ("retrieval_val", "retrieval"),
+                       ("image_val", "pretrain")]:
+        manifest = Manifest(tmp_path / f"{name}.jsonl")
+        clips = Clips(manifest, Tokenizer.train(WORDS, 99), task, 3, 32, 40, train=False)
+        assert clips[0, 0]["video"].shape == ((1 if "image" in name else 3), 3, 32, 32)
+    captions = [sample["text"] for sample in lines["val.jsonl"]]
+    assert len(set(captions)) == 16 and len(set(captions[::2])) > 8      # both wordings
+
+
+def test_the_toy_set_replaces_no_other_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="is another toy set or none; give another folder"):
+        data.toy(tmp_path)
 
 
 # ---- Every data set in its owners' form ----------------------------------------------------------
@@ -2515,7 +3074,7 @@ def clips(tmp_path_factory) -> Path:
     folder, draw = tmp_path_factory.mktemp("clips"), random.Random(0)
     lines = collections.defaultdict(list)
     for i in range(24):
-        toy, video = data.ToyClip.drawn(draw), f"{i}.mp4"
+        toy, video = data.ToyClip.sample(draw), f"{i}.mp4"
         data.write_clip(folder / video, toy.frames(), 4, {"crf": "18"})
         texts = [toy.caption(), toy.caption(order=1 - toy.order)]
         lines["train"].append({"video": video, "text": texts[0]})
@@ -2972,20 +3531,6 @@ def test_training_stops_where_more_than_1_clip_in_10_cannot_be_read(clips, whole
     log = lines_of(tmp_path / "run" / "log.jsonl")
     named = [len(line["unreadable"]) for line in log if isinstance(line.get("unreadable"), list)]
     assert sum(named) == next(line["unreadable"] for line in log[::-1] if "lr" in line) == 11
-
-
-def test_the_toys_order_questions_cannot_be_answered_from_a_bag_of_its_frames(tmp_path):
-    draw, events = random.Random(7), set()
-    while events != {"light", "motion"}:
-        toy_clip = data.ToyClip.drawn(draw)
-        twin = toy_clip.twin()
-        events.add(toy_clip.event)
-        assert toy_clip.caption() != twin.caption()                          # the other answer
-        both = []
-        for name, one in (("a", toy_clip), ("b", twin)):
-            data.write_clip(tmp_path / f"{name}.mp4", one.frames(), 4, data.TOY_X264)
-            both.append(decode(tmp_path / f"{name}.mp4", range))
-        assert torch.equal(both[0], both[1].flip(0))   # from the files
 
 
 @pytest.mark.parametrize("flags, message", [
