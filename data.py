@@ -177,7 +177,7 @@ class Manifest:
         source_line = f"{self.names[manifest_id]}:{number}"
         try:
             fields = json.loads(content.decode("utf-8-sig"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:                     # also of bytes that are not UTF-8
             excerpt = content[:60].decode(errors="replace").strip()
             raise DataError(f"{source_line}: not JSON ({error}): {excerpt!r}; expected an object "
                             'such as {"video": "a.mp4", "text": "a dog runs"}') from None
@@ -246,7 +246,8 @@ def is_row(values: object, *kinds: type) -> bool:
     if not isinstance(values, list) or len(values) != len(kinds):
         return False
     for value, kind in zip(values, kinds):
-        if kind is float and not is_number(value) or kind is not float and type(value) is not kind:
+        fits = is_number(value) if kind is float else type(value) is kind
+        if not fits:
             return False
     return True
 
@@ -403,13 +404,19 @@ def neighbouring_shards(paths: list[Path]) -> list[list[Path]]:
     """The files of each manifest: one, or all neighbouring .tar files of one folder."""
     sources = []
     for path in paths:
-        if path.suffix == ".tar" and sources:
-            last = sources[-1][-1]
-            if last.suffix == ".tar" and last.parent == path.parent:
-                sources[-1].append(path)
-                continue
-        sources.append([path])
+        last = sources[-1][-1] if sources else None
+        if last and is_shard(last) and is_shard(path) and last.parent == path.parent:
+            sources[-1].append(path)
+        else:
+            sources.append([path])
     return sources
+
+
+TABLES = ".csv", ".tsv"
+
+
+def is_shard(path: str | Path) -> bool:
+    return str(path).lower().endswith(".tar")
 
 
 def source_name(source: list[Path]) -> str:
@@ -425,19 +432,22 @@ def json_lines(source: list[Path], columns: Sequence[str] = ()) -> Path:
             raise DataError(f"{path}: no such manifest; expected a .jsonl, .csv or .tsv file, one "
                             "sample a line, a .tar shard, or a folder of clips or shards")
     path = source[0]
+    ending = path.suffix.lower()
     if path.is_dir():
         files = folder_files(path)
         captions_and_shards = [file.path for file in files if not file.name.lower().endswith(MEDIA)]
         key = [file.path for file in files] + [stamp(name) for name in captions_and_shards]
         samples = folder_samples(path, files, columns)
-    elif path.suffix in (".csv", ".tsv"):
+    elif ending in TABLES:
         key = [stamp(path)]
         samples = table_samples(path, columns)
-    elif path.suffix == ".tar":
+    elif is_shard(path):
         key = [stamp(shard) for shard in source]
         samples = itertools.chain.from_iterable(shard_samples(shard, columns) for shard in source)
-    elif path.suffix in (".gz", ".tgz", ".zip", ".xz", ".zst", ".bz2"):
+    elif ending in (".gz", ".tgz", ".zip", ".xz", ".zst", ".bz2"):
         raise DataError(f"{path}: is compressed; unpack it. A shard must be an uncompressed .tar")
+    elif ending in (".xlsx", ".xls", ".ods", ".parquet", ".feather"):
+        raise DataError(f"{path}: is no text file; save the table as .csv in UTF-8")
     else:
         return path
     return temporary_manifest(samples, json.dumps(["version 1", *columns, *key]))
@@ -488,7 +498,8 @@ def folder_files(folder: Path) -> list[StoredFile]:
     files = []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in (*MEDIA, *SIDECARS, ".tar") and not path.name.startswith("._"):
-            files.append(StoredFile(str(path.absolute()), str(path.absolute())))
+            name = str(path.absolute())
+            files.append(StoredFile(name, name))
     return files
 
 
@@ -496,19 +507,19 @@ def folder_samples(folder: Path, files: list[StoredFile], columns: Sequence[str]
     """Samples of a folder: of the clips with a caption beside them, then of the shards."""
     yield from captioned_samples(str(folder), files, columns)
     for file in files:
-        if file.name.endswith(".tar"):
+        if is_shard(file.name):
             yield from shard_samples(Path(file.path), columns)
 
 
 def clip_files(path: Path) -> list[StoredFile]:
     """The clips of a folder, of a shard or of a folder of shards, or the file itself. They need no
     captions."""
-    if not path.is_dir() and path.suffix != ".tar":
+    if not path.is_dir() and not is_shard(path):
         return [StoredFile(str(path.absolute()), path.name)]
     files = folder_files(path) if path.is_dir() else shard_files(path)
     clips = [file for file in files if file.name.lower().endswith(MEDIA)]
     for file in files:
-        if file.name.endswith(".tar"):
+        if is_shard(file.name):
             clips += clip_files(Path(file.path))
     return clips
 
@@ -578,7 +589,7 @@ def captioned_samples(name: str, files: list[StoredFile], columns: Sequence[str]
         ending = ending.lower()
         if ending in SIDECARS:
             sidecars[key + ending] = file
-        elif ending in MEDIA and (key not in clips or is_image(clips[key].fields())):
+        elif ending in MEDIA and (key not in clips or clips[key].name.lower().endswith(IMAGES)):
             clips[key] = file
         elif ending in MEDIA and ending not in IMAGES:
             left_out["clips beside another clip of their name"].append(file.name)
@@ -598,16 +609,20 @@ def captioned_samples(name: str, files: list[StoredFile], columns: Sequence[str]
 
 def captioned_sample(clip: StoredFile, text: StoredFile | None, notes: StoredFile | None,
                      columns: Sequence[str]) -> dict:
-    """The sample of a clip. Its caption is KEY.txt, else that in KEY.json, which may hold other
-    fields too. ValueError if one of them cannot be read."""
-    row = {}
-    if notes:
-        row = json.loads(notes.read())
-        if not isinstance(row, dict):
-            raise DataError(f"{notes.source_line}: is {row!r:.60}; expected a JSON object")
+    """The sample of a clip. Its caption is KEY.txt, else that in KEY.json.
+
+    Nothing else is read from KEY.json: the times that video2dataset stores there are those of the
+    film that the clip was cut from. ValueError if a caption cannot be read."""
     caption = text.read() if text else ""
+    row = {}
     if caption.strip():
         row["text"] = caption
+    elif notes:
+        content = json.loads(notes.read())
+        if not isinstance(content, dict):
+            raise DataError(f"{notes.source_line}: is {content!r:.60}; expected a JSON object")
+        names = {column_of("text", columns), "text", "texts", *ALIASES["text"]}
+        row = {name: value for name, value in content.items() if name.lower() in names}
     place = clip if clip.is_member else text or notes or clip
     sample = sample_of_row(row, place.source_line, columns)
     sample.update(clip.fields())
@@ -645,6 +660,8 @@ def sample_of_row(row: dict, source_line: str, columns: Sequence[str]) -> dict:
     cells = {key.lower(): value for key, value in row.items() if value not in (None, "")}
     sample = {"source_line": source_line}
     for field, expected in FIELDS.items():
+        if expected == MEMBER:
+            continue                                        # no column of a person's table
         for name in (column_of(field, columns), field, *ALIASES.get(field, ())):
             if name in cells:
                 sample[field] = cell_value(cells[name], expected)
@@ -685,18 +702,20 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     Cells are divided by commas, tabs or semicolons, whichever the header has most of. The file is
     UTF-8, or UTF-16 with a byte order mark. DataError names the line that cannot be read."""
     with open(path, encoding=text_encoding(path), newline="") as file:
-        delimiter = "\t" if path.suffix == ".tsv" else ","
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         lines = []                              # those of the row that is being read
         try:
             header_line = file.readline()
             delimiter = max(delimiter, ",", ";", "\t", key=header_line.count)
             file.seek(0)
             reader = csv.reader(remembered(file, lines), delimiter=delimiter)
-            header = [name.strip().lower() for name in next(reader, [])]
-            lines.clear()
+            header = []
             for cells in reader:
                 number = reader.line_num - len(lines) + 1
                 refuse_stray_quote(path, number, lines, cells, delimiter, len(header))
+                if not header:
+                    header = [name.strip().lower() for name in cells]
+                    cells = []
                 if any(cell.strip() for cell in cells[len(header):]):
                     raise DataError(f"{path}:{number}: has {len(cells)} cells, but the first line "
                                     f"names {len(header)} columns; put a text that holds "

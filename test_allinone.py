@@ -1608,6 +1608,8 @@ def test_several_manifests_follow_one_another(tmp_path):
     ('{"video": "a", "start": NaN}', '"start" is nan; expected a finite number'),
     ('{"video": "a", "end": 1e999}', '"end" is inf; expected a finite number'),
     ('{"video": "a", "end": -Infinity}', '"end" is -inf; expected a finite number'),
+    ('{"video": "a", "end": 1%s}' % ("0" * 5000), "not JSON"),
+    ('{"video": "a", "end": 1%s}' % ("0" * 400), '"end" is 10+; expected a finite number'),
     ('{"video": "a", "start": true}', '"start" is True; expected a finite number'),
     ('{"video": "a", "fps": 0}', '"fps" is 0; expected frames a second, more than 0'),
     ('{"video": "a", "start": 3, "end": 2}', '"end" is 2 and "start" 3; expected a start before'),
@@ -1645,6 +1647,7 @@ def test_every_field_of_a_good_line_is_kept(tmp_path):
     ("u.jsonl", '{"video": "a"}\n'.encode("utf-16"), "u.jsonl: is UTF-16; save it as UTF-8"),
     ("a.tar.gz", b"x", "a.tar.gz: is compressed; unpack it"),
     ("a.zip", b"x", "a.zip: is compressed; unpack it"),
+    ("a.xlsx", b"PK", "a.xlsx: is no text file; save the table as .csv in UTF-8"),
     ("none.jsonl", None, "none.jsonl: no such manifest"),
     ("none.csv", None, "none.csv: no such manifest"),
     ("none.tar", None, "none.tar: no such manifest"),
@@ -1681,6 +1684,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     ("a.csv", "video;text\na.mp4;a dog, it runs\n", (), {"text": "a dog, it runs"}),
     ("a.csv", "video\ttext\na.mp4\ta dog, it runs\n", (), {"text": "a dog, it runs"}),
     ("a.csv", "video,text,,\na.mp4,a dog,,\n\n", (), {"text": "a dog"}),   # a spreadsheet's
+    ("A.CSV", "video,text,member\na.mp4,a dog,yes\n", (), {"text": "a dog"}),
     ("a.csv", "video,text,image\na.mp4,a dog,TRUE\n", (), {"text": "a dog", "image": True}),
     ("a.csv", "video,question,answer\na.mp4,how many?,2\n", (),
      {"question": "how many?", "answer": "2"}),
@@ -1713,6 +1717,7 @@ def test_rows_without_a_caption_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize("ending", ["tsv", "csv"])
 @pytest.mark.parametrize("name", ["clips/{}.mp4", "video{}"])
 @pytest.mark.parametrize("quoted", [
+    {-1: '"text'},                              # of a column's name
     {3: '"cat 3'},                              # never closed
     {9: '"cat 9\nand more'},                    # never closed in the last row
     {3: '"cat 3', 6: '"small" cat 6'},          # ends where the next quote begins
@@ -1720,9 +1725,10 @@ def test_rows_without_a_caption_are_counted(tmp_path, capsys):
 ])
 def test_a_stray_quote_swallows_no_rows(quoted, name, ending, tmp_path):
     delimiter = {"tsv": "\t", "csv": ","}[ending]
-    lines = [f"{name.format(100 + i)}{delimiter}{quoted.get(i, 'a cat')}" for i in range(10)]
+    lines = [f"video{delimiter}{quoted.get(-1, 'text')}"]
+    lines += [f"{name.format(100 + i)}{delimiter}{quoted.get(i, 'a cat')}" for i in range(10)]
     path = tmp_path / f"a.{ending}"
-    path.write_text(f"video{delimiter}text\n" + "\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=f"a.{ending}:{min(quoted) + 2}: a quote that opens here"):
         Manifest(path)
 
@@ -1765,7 +1771,7 @@ def test_a_changed_table_is_read_again(tmp_path):
 # Files of a folder or of a shard, and the samples that they make.
 CAPTIONED = [
     ({"a.mp4": "", "a.txt": "a cat\n sleeps"}, [("a.mp4", "a cat sleeps")]),
-    ({"a.mp4": "", "a.json": '{"caption": "a cat", "key": "a"}'}, [("a.mp4", "a cat")]),
+    ({"a.mp4": "", "a.json": '{"caption": "a cat", "start": 7, "end": "x"}'}, [("a.mp4", "a cat")]),
     ({"a.mp4": "", "a.json": '{"caption": "a cat"}', "a.txt": "a dog"}, [("a.mp4", "a dog")]),
     ({"a.mp4": "", "a.json": '{"caption": "a cat"}', "a.txt": "\n"}, [("a.mp4", "a cat")]),
     ({"a.jpg": "", "a.mp4": "", "a.txt": "x"}, [("a.mp4", "x")]),         # a thumbnail
