@@ -60,14 +60,14 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import av
 import numpy as np
@@ -107,7 +107,8 @@ ALIASES = {  # names that other people's files give to a field
     "video": ("path", "file", "filename", "video_path", "clip"),
     "text": ("caption", "title", "description", "sentence", "txt")}
 IMAGES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"
-MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".flv", ".gif", *IMAGES)
+MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".3g2", ".flv",
+         ".f4v", ".wmv", ".asf", ".mts", ".m2ts", ".ts", ".vob", ".ogv", ".gif", *IMAGES)
 HEADER = 5      # int64 numbers before the first offset of an index: see line_index
 
 
@@ -2205,353 +2206,1014 @@ def write_clean(source: Manifest, unusable: set[int], manifest: str | Path) -> s
     return str(clean)
 
 
-# ---- data sets: from each original public release to manifests
-# A reader yields what an annotation file tells of source.split; "video" is the clip's name in it.
-# test.jsonl is the split of the paper's number, also where its owners call it val.
+# ---- data sets: from the files that their owners publish to manifests
+#
+# To add a data set, write a reader of its annotation files and below it its entry in DATASETS.
+# A reader takes the source files, the path of one annotation file and our name of the split, and
+# yields samples. "video" is what the annotations call the clip, or a list of names it may have.
+# test.jsonl is the split of the paper's number, also where the owners call it val.
 
-OURS = {"gif_name": "video", "clip_name": "video", "vid_name": "video", "name": "text",   # columns
-        "q": "question", "label": "answer", "answer_idx": "answer", "answer_type": "kind"}
-
-
-class Release:
-    """What a person has of a data set: annotation `files` and, by their names, `clips`, found in
-    one walk: to ask the disk for each of millions takes hours. called: MSVD's clips have two names,
-    each the other's. split: what is being read."""
-
-    def __init__(self, annotations, videos):
-        self.files = sorted({str(file.absolute()) for path in map(Path, annotations)
-                             for file in (path.rglob("*") if path.is_dir() else [path])})
-        paths = [os.path.join(folder, name) for folder, folders, files
-                 in os.walk(videos, followlinks=True) for name in folders + files]
-        paths.sort(key=lambda path: (not path.lower().endswith(".gif"), path))
-        self.clips = {name: path for path in paths for name in names_of(path)}  # GIFs give way
-        pairs = [line.partition(" ")[::2] for path in self.find("*youtube_mapping.txt")
-                 for line in rows(path)]
-        self.called = dict(pairs) | {number: name for name, number in pairs}
-
-    def find(self, forms, split=""):
-        """Annotation files named so; of forms between " | " the first of which there are any."""
-        for form in forms.replace("SPLIT", split).lower().split(" | "):
-            if found := [file for file in self.files
-                         if fnmatch.fnmatch(os.path.basename(file).lower(), form)]:
-                return found
-        return []
-
-    def clip(self, name):
-        """The path of a clip, or None. A file's name may lack the "v_" of ActivityNet's ids."""
-        long, short = names_of(name)
-        names = long, short, short.removeprefix("v_"), self.called.get(short)
-        return next((self.clips[name] for name in names if name in self.clips), None)
+ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz")
 
 
-def names_of(path):
-    """("folder/name", "name") without media extensions: DiDeMo has x.mov.mp4."""
-    folder, name = os.path.split(path)
-    while os.path.splitext(name)[1].lower() in MEDIA:
-        name = os.path.splitext(name)[0]
-    return f"{os.path.basename(folder)}/{name}", name
+def as_cp1252(error: UnicodeError) -> tuple[str, int]:
+    """Windows' character for a byte that is not UTF-8, and where decoding goes on."""
+    return error.object[error.start:error.end].decode("cp1252", "replace"), error.end
 
 
-def rows(path, columns=""):
-    """Objects of a .json or .jsonl, lines of a .txt without remarks, dicts of a .csv or .tsv file.
-    columns: of a table without a header, where a quote is only a character."""
-    unzip = gzip.open if path.endswith(".gz") else open
-    with unzip(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-        if path.endswith(".json"):
-            content = json.load(file)
-            yield from content if isinstance(content, list) else [content]
-        elif path.endswith((".csv", ".tsv")):
-            delimiter = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            yield from csv.DictReader(
-                file, columns.split() or None, restval="", delimiter=delimiter,
-                quoting=csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL)
+codecs.register_error("cp1252", as_cp1252)
+
+
+def open_text(path: str) -> TextIO:
+    """A text file, unpacked if its name ends in .gz.
+
+    Its byte order mark, or the zero bytes of UTF-16, tell the encoding. Without them it is UTF-8,
+    in which bytes that UTF-8 does not know are those of Windows' cp1252.
+    """
+    unpack = gzip.open if path.endswith(".gz") else open
+    with unpack(path, "rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    return unpack(path, "rt", encoding=encoding, errors="cp1252", newline="")
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """The lines of a text file, without blank ones."""
+    with open_text(path) as file:
+        for line in file:
+            if line.strip():
+                yield line.strip()
+
+
+def read_table(path: str, columns: str = "") -> Iterator[dict[str, str]]:
+    """The rows of a table as {column: cell}.
+
+    Tabs, semicolons or commas part the cells, whichever the header has most of. A table without a
+    header gets the names in `columns`: tabs part its cells, and its quotes are characters.
+    """
+    with open_text(path) as file:
+        if columns:
+            yield from csv.DictReader(file, columns.split(), restval="", delimiter="\t",
+                                      quoting=csv.QUOTE_NONE)
         else:
-            lines = (line.strip() for line in file if line.strip() and line[0] != "#")
-            yield from lines if path.endswith(".txt") else map(json.loads, lines)
+            header = file.readline()
+            file.seek(0)
+            yield from csv.DictReader(file, restval="", delimiter=max("\t;,", key=header.count))
 
 
-def entries(path, chunk=1 << 24):
-    """(key, value) pairs of a JSON object too large for memory (caption.json has gigabytes)."""
-    key, text, at = re.compile(r'[\s{,]*"([^"]*)"\s*:\s*'), "", 0
-    with open(path, encoding="utf-8") as file:
-        while more := file.read(chunk):
-            text, at = text[at:] + more, 0
-            with suppress(json.JSONDecodeError):            # the chunk ends inside a value
-                while found := key.match(text, at):
-                    value, at = json.JSONDecoder().raw_decode(text, found.end())
-                    yield found[1], value
-    if text[at:].strip() != "}":
+def read_json(path: str) -> Any:
+    """The content of a .json file."""
+    with open_text(path) as file:
+        return json.load(file)
+
+
+def read_rows(path: str) -> Iterator[dict]:
+    """The objects of a JSON list or of JSON lines, or the rows of a table."""
+    with open_text(path) as file:
+        beginning = file.read(1000).lstrip()[:1]
+    if beginning == "[":
+        yield from read_json(path)
+    elif beginning == "{":
+        yield from map(json.loads, read_lines(path))
+    else:
+        yield from read_table(path)
+
+
+def read_items(path: str, chunk: int = 1 << 24) -> Iterator[tuple[str, Any]]:
+    """The (key, value) pairs of a JSON object that is too large for memory, piece by piece."""
+    next_key = re.compile(r'[\s{,]*"([^"]*)"\s*:\s*')
+    decoder = json.JSONDecoder()
+    text = ""
+    with open_text(path) as file:
+        while piece := file.read(chunk):
+            text += piece
+            position = 0
+            with suppress(json.JSONDecodeError):            # the piece ends inside a value
+                while key := next_key.match(text, position):
+                    value, position = decoder.raw_decode(text, key.end())
+                    yield key[1], value
+            text = text[position:]
+    if text.strip() != "}":
         raise ValueError("its end is missing: download it again")
 
 
-def one_a_row(source, path, columns="", prefix="", **fields):
-    """A row is a sample, in its owners' columns or ClipBERT's; answers count from 0 but in LSMDC's
-    test, which counts from 1 (its first option is right elsewhere)."""
-    for row in rows(path, columns):
-        renamed = {OURS.get(key, key): value for key, value in row.items()}
-        sample = fields | {key: renamed[key] for key in FIELDS if key in renamed}
-        if "videoid" in row:                                # WebVid
-            sample["video"] = f"{row['page_dir']}/{row['videoid']}"
-        if "url" in row:                                    # CC3M: so the usual downloader saves it
-            sample["video"] = str(zlib.crc32(row["url"].encode()))
-        if "youtube_id" in row:                             # Kinetics: id_000012_000022
-            sample["video"] = "{youtube_id}_{time_start:0>6}_{time_end:0>6}".format(**row)
-        if "vid_key" in row:                                # MSR-VTT: "msr1234" is video1234
-            sample["video"] = row["vid_key"].replace("msr", "video")
-        if "video_id" in row:                               # questions on MSR-VTT, MSVD: a number
-            sample["video"] = prefix + str(row["video_id"]).removeprefix(prefix)
-            sample["kind"] = row["question"].partition(" ")[0].lower()
-        if "type" in row:                                   # FrameQA
-            sample["kind"] = ["object", "number", "color", "location"][int(row["type"])]
-        if "nan" not in row.get("ts", "nan"):               # TVQA: "76.01-84.2" seconds
-            sample["start"], sample["end"] = map(float, row["ts"].split("-"))
-        if "a1" in row:
-            sample["options"] = [row[f"a{i}"] for i in range(6) if f"a{i}" in row]
-        if "options" in sample:                             # from_one: LSMDC
-            right = row.get("from_one")
-            sample["answer"] = int(right) - 1 if right else int(sample["answer"])
-        if "video" not in sample or not sample.keys() & {"text", "answer"}:
-            raise LookupError(f"columns {', '.join(row)}")
-        yield sample
+def columns_of(path: str) -> set[str]:
+    """The columns in the header of a table, or the keys in the first 64 KB of a JSON file."""
+    with open_text(path) as file:
+        text = file.read(1 << 16).lstrip()
+    if text.startswith(("[", "{")):
+        return set(re.findall(r'"([^"\\]*)"\s*:', text))
+    header = text.partition("\n")[0]
+    cells = header.split(max("\t;,", key=header.count))
+    return {cell.strip().strip('"') for cell in cells}
 
 
-def howto100m(source, path):
-    """A video's windows make one sample: a visit draws one. Text without stop words."""
-    if path.endswith(".json"):
-        for video, told in entries(path):
-            yield {"video": video, "captions": [*zip(told["start"], told["end"], told["text"])]}
-    else:
-        yield {"video": os.path.basename(path)[:-4], "captions": [
-            (float(row["start"]), float(row["end"]), row["text"]) for row in rows(path)]}
+@dataclass(frozen=True)
+class Form:
+    """One form of an annotation file: how it is recognised, and what reads it.
+
+    name: the owners' name for it, with * and ?. SPLIT stands for their word for the split.
+    reader: yields its samples.
+    columns: columns of its table or keys of its JSON, by which it differs from files of other data
+        sets that have the same name. "a|b" is one of the two, "-c" must not be among them.
+    line: of a file without a header, a regular expression that matches its first line.
+    splits: those of our splits that it serves.
+    several: "" where one file holds a split, "parts" where several files do, and "names" where
+        several do and each name says which clip or class it describes.
+    """
+    name: str
+    reader: Callable
+    columns: str = ""
+    line: str = ""
+    splits: str = "train val test"
+    several: str = ""
+
+    def has_name(self, path: str, word: str) -> bool:
+        """Whether a file is called as the owners call it. word: theirs for the split."""
+        pattern = self.name.replace("SPLIT", word).lower()
+        return fnmatch.fnmatch(file_name(path), pattern)
+
+    def has_content(self, path: str) -> bool:
+        """Whether a file's columns, or its first line, are those of this form.
+
+        A JSON file without any key is empty or damaged, which its reader will tell.
+        """
+        if self.line:
+            return re.fullmatch(self.line, next(read_lines(path), "")) is not None
+        present = columns_of(path)
+        for column in self.columns.split() if present else []:
+            if column.startswith("-"):
+                fits = column.removeprefix("-") not in present
+            else:
+                fits = any(name in present for name in column.split("|"))
+            if not fits:
+                return False
+        return True
 
 
-def yttemporal(source, path):
-    """Windows of 12.5 s (the release draws 10-15 s) of the subtitles' own words (the release warps
-    the denoised ones to their times). The paper takes the first half of the shards."""
-    for video in rows(path):
+@dataclass(frozen=True)
+class DataSet:
+    """What there is to know about a data set.
+
+    forms: of its annotation files. For each split the first form counts of which there are files.
+    site: where they are published.
+    splits: our splits. "test=val" says that the owners' word for our test is val.
+    answers: how many of the commonest training answers are classes; None: all of them.
+    """
+    forms: list[Form]
+    site: str
+    splits: str = "train val test"
+    answers: int | None = None
+
+    def words(self) -> dict[str, str]:
+        """Our name of each split: the owners' word for it."""
+        pairs = [split.partition("=") for split in self.splits.split()]
+        return {split: word or split for split, _, word in pairs}
+
+    def expected(self) -> str:
+        """The names of the annotation files, and where they come from."""
+        return f"{' or '.join(form.name for form in self.forms)} ({self.site})"
+
+
+def file_name(path: str) -> str:
+    """The name of a file in lower case, without the .gz of a packed one."""
+    return os.path.basename(path).lower().removesuffix(".gz")
+
+
+def stem(name: str) -> str:
+    """The name of a clip without folder and ending. DiDeMo's end in .mov.mp4, or in a bare dot."""
+    name = os.path.basename(name)
+    while name.endswith(".") or os.path.splitext(name)[1].lower() in MEDIA:
+        name = name[:name.rindex(".")]
+    return name
+
+
+def preference(path: str) -> int:
+    """Of several things of one stem the lowest is the clip: a film, a GIF, a folder, a picture."""
+    ending = os.path.splitext(path)[1].lower()
+    if path.endswith("/"):
+        return 2
+    if ending in IMAGES:
+        return 3
+    if ending in MEDIA:
+        return int(ending == ".gif")
+    return 4
+
+
+def distinct(paths: list[str], by_name: bool) -> list[str]:
+    """The files without copies of others. by_name: a copy has also the name of the other one."""
+    sizes = collections.Counter(os.path.getsize(path) for path in paths)
+    originals = {}
+    for path in paths:
+        content = path
+        if sizes[os.path.getsize(path)] > 1:
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha1").hexdigest()
+        key = (file_name(path), content) if by_name else content
+        originals.setdefault(key, path)
+    return list(originals.values())
+
+
+class SourceFiles:
+    """The annotation files and the clips of a data set that a person has.
+
+    One walk lists the clips, since asking the disk for each of millions takes hours.
+    annotations: paths of the annotation files; `explicit` are those that were named one by one.
+    clips: the paths of each stem. A folder's ends in "/"; it is a clip if it holds pictures.
+    left_out: the columns of files that have a right name only. archives: files to be unpacked.
+    missing: what was looked for in vain. duplicates: clips of one name, of which one is taken.
+    """
+
+    def __init__(self, annotations: Sequence[str], videos: str):
+        self.annotations: list[str] = []
+        self.explicit: list[str] = []
+        self.archives: list[str] = []
+        self.left_out: dict[str, str] = {}
+        self.missing: list[str] = []
+        self.duplicates: dict[str, list[str]] = {}
+        for path in annotations:
+            self.add_annotations(os.fspath(path))
+        self.annotations = sorted(set(self.annotations))
+        self.clips: dict[str, list[str]] = collections.defaultdict(list)
+        self.folders: set[str] = set()
+        self.add_clips(os.fspath(videos))
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """MSVD's clips have two names; each is the other's."""
+        aliases = {}
+        for form, path in self.find([MSVD_NAMES]):
+            for pair in form.reader(path):
+                aliases.update(pair)
+        return aliases
+
+    def add_annotations(self, path: str) -> None:
+        """Lists a file, or the files below a folder. A link to a folder counts as the folder."""
+        if not os.path.exists(path):
+            raise DataError(f"--annotations {path}: no such file or folder")
+        if os.path.isdir(path):
+            for folder, _, names in os.walk(os.path.realpath(path)):
+                self.list_annotations(os.path.join(folder, name) for name in names)
+        else:
+            folder = os.path.realpath(os.path.dirname(path))
+            file = os.path.join(folder, os.path.basename(path))
+            self.list_annotations([file])
+            self.explicit.append(file)
+
+    def list_annotations(self, files: Iterable[str]) -> None:
+        """Lists files: those to be read, and archives, which cannot be."""
+        for file in files:
+            listed = self.archives if file.lower().endswith(ARCHIVES) else self.annotations
+            listed.append(file)
+
+    def add_clips(self, videos: str) -> None:
+        """Lists the files below a folder, and the folders that hold pictures, by their stems."""
+        if not os.path.isdir(videos):
+            unpack = "; unpack it first" if videos.lower().endswith(ARCHIVES) else ""
+            raise DataError(f"--videos {videos}: no such folder{unpack}")
+        for folder, _, files in os.walk(videos, followlinks=True):
+            self.folders.add(os.path.basename(folder))
+            for file in files:
+                self.clips[stem(file)].append(os.path.join(folder, file))
+            if folder != videos and any(file.lower().endswith(IMAGES) for file in files):
+                self.clips[stem(folder)].append(f"{folder}/")
+
+    def find(self, forms: list[Form], word: str = "") -> list[tuple[Form, str]]:
+        """The annotation files of a split, in the first of its forms of which there are any.
+
+        word: the owners' for this split. A file counts by its name and its content. Without such a
+        file, one that was itself named in --annotations counts by its content alone.
+        """
+        for form in forms:
+            named = [path for path in self.annotations if form.has_name(path, word)]
+            paths = [path for path in named if form.has_content(path)]
+            for path in set(named) - set(paths):
+                self.left_out[path] = ", ".join(sorted(columns_of(path)))
+            if paths:
+                return self.without_copies(form, paths)
+        for form in forms:
+            paths = [path for path in self.explicit if is_renamed(path, form, word)]
+            if paths:
+                return self.without_copies(form, paths)
+        return []
+
+    def without_copies(self, form: Form, paths: list[str]) -> list[tuple[Form, str]]:
+        """Files of one content count once. DataError if different ones claim the same place."""
+        paths = distinct(paths, by_name=form.several == "names")
+        places = [file_name(path) if form.several else "" for path in paths]
+        for place, count in collections.Counter(places).items():
+            if count > 1:
+                rivals = [path for path, own in zip(paths, places) if own == place]
+                raise DataError(f"{' and '.join(rivals[:3])} are different files for one split; "
+                                "name the right one in --annotations, instead of the folder")
+        return [(form, path) for path in paths]
+
+    def clip(self, name: str) -> str | None:
+        """The path of the clip that the annotations call `name`, or None.
+
+        "folder/name" is looked for in folders of that name or, if there are none, in all.
+        """
+        folder, file = os.path.split(name)
+        paths = self.clips.get(stem(file), [])
+        if os.path.basename(folder) in self.folders:
+            paths = [path for path in paths if is_below(path, os.path.basename(folder))]
+        exact = [path for path in paths if os.path.basename(path) == file]
+        paths = sorted(exact or paths, key=lambda path: (preference(path), path))
+        rivals = [path for path in paths if preference(path) == preference(paths[0])]
+        if len(set(map(os.path.realpath, rivals))) > 1:
+            self.duplicates[name] = rivals
+        return paths[0].removesuffix("/") if paths else None
+
+
+def is_renamed(path: str, form: Form, word: str) -> bool:
+    """Whether a file is of this form and split by its content, under a name of no other meaning.
+
+    It is not if the name says what it describes, if it names another split or several of them, or
+    if another data set has files of this name and content.
+    """
+    if form.several == "names" or not (form.columns or form.line):
+        return False
+    if "SPLIT" in form.name:
+        split = re.search("train|val|test|$", word)[0] or "test"
+        if set(re.findall("train|val|test", file_name(path))) != {split}:
+            return False
+    for dataset in DATASETS.values():
+        for other in dataset.forms:
+            names = [word for word in dataset.words().values() if other.has_name(path, word)]
+            if other.name != form.name and names and other.has_content(path):
+                return False
+    return form.has_content(path)
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether the folder that holds a clip has this name."""
+    return os.path.basename(os.path.dirname(path.removesuffix("/"))) == folder
+
+
+DATASETS: dict[str, DataSet] = {}
+
+
+def webvid(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """WebVid: columns videoid, contentUrl, duration, page_dir, name (the caption)."""
+    for row in read_rows(path):
+        yield {"video": f"{row['page_dir']}/{row['videoid']}", "text": row["name"]}
+
+
+DATASETS["webvid"] = DataSet(
+    [Form("results_*_SPLIT.csv", webvid, "videoid page_dir name")],
+    "m-bain.github.io/webvid-dataset", "train val")
+
+
+def howto100m_csv(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """HowTo100M: a table for each video, ID.csv, with columns start, end (seconds), text.
+
+    All windows of a video make one sample, of which a visit draws one.
+    """
+    windows = [[float(row["start"]), float(row["end"]), row["text"]] for row in read_rows(path)]
+    yield {"video": os.path.basename(path).partition(".csv")[0], "captions": windows}
+
+
+def howto100m_json(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """HowTo100M: {"ID": {"start": [0.4, ...], "end": [3.9, ...], "text": ["pic", ...]}, ...}."""
+    for video, notes in read_items(path):
+        windows = zip(notes["start"], notes["end"], notes["text"])
+        yield {"video": video, "captions": [list(window) for window in windows]}
+
+
+DATASETS["howto100m"] = DataSet(
+    [Form("???????????.csv", howto100m_csv, "start end text", several="names"),
+     Form("caption.json", howto100m_json, "start end text"),
+     Form("raw_caption*.json", howto100m_json, "start end text")],
+    "di.ens.fr/willow/research/howto100m", "train")
+
+
+def yttemporal(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """YT-Temporal: a video a line, "info": {"id": ...}, "subtitles": [{"word", "time"}, ...].
+
+    The words make windows of 12.5 s; the release draws 10 to 15 s, and warps denoised words to
+    these times. Words such as "&gt;&gt;" are left out. The paper takes the first half of the files.
+    """
+    for row in read_rows(path):
         windows = []
-        for second, word in sorted((word["time"], word["word"]) for word in video["subtitles"]):
-            if word[:1] == "&" or word[-1:] == ";":         # "&gt;&gt;"
+        subtitles = [(note["time"], note["word"]) for note in row["subtitles"]]
+        for second, word in sorted(subtitles):
+            if word.startswith("&") or word.endswith(";"):
                 continue
             if not windows or second >= windows[-1][1]:
                 windows.append([second, second + 12.5, ""])
             windows[-1][2] += f" {word}"
-        yield {"video": video["info"]["id"], "captions": windows}
+        yield {"video": row["info"]["id"], "captions": windows}
 
 
-def captioned(source, path, paragraph=False):
-    """A clip has all its captions; as a paragraph they are one text (times are not used)."""
-    texts = collections.defaultdict(list)
-    for row in rows(path):
-        if isinstance(row, str):                            # MSVD: a clip and a caption a line
-            pairs = [row.partition(" ")[::2]]
-        elif "annotations" in row:                          # COCO's, and in its form MSR_VTT.json
-            names = {image["id"]: image.get("file_name") for image in row.get("images", ())}
-            pairs = [(names.get(note["image_id"]) or note["image_id"], note["caption"])
-                     for note in row["annotations"]]
-        elif "images" in row:                               # Karpathy's: restval is train
-            pairs = [(image["filename"], sentence["raw"]) for image in row["images"]
-                     if image["split"].replace("restval", "train") == source.split
-                     for sentence in image["sentences"]]
-        elif "sentences" in row:                            # MSR-VTT's
-            pairs = [(note["video_id"], note["caption"]) for note in row["sentences"]]
-        elif "description" in row:                          # DiDeMo
-            pairs = [(row["video"], row["description"])]
-        elif "caption" in row:                              # ClipBERT's ActivityNet
-            pairs = [(row["clip_name"], row["caption"])]
-        else:                                               # its owners'
-            pairs = [(video, text) for video, note in row.items() for text in note["sentences"]]
-        for video, text in pairs:
-            texts[video].append(text)
-    for video, told in texts.items():
-        yield {"video": video} | ({"text": " ".join(told)} if paragraph else {"texts": told})
+DATASETS["yttemporal"] = DataSet(
+    [Form("*.jsonl", yttemporal, "info subtitles", several="parts"),
+     Form("???????????*.json", yttemporal, "info subtitles", several="parts")],
+    "YT-Temporal-180M, rowanzellers.com/merlot", "train")
 
 
-def numbered(source, path, **splits):
-    """Split by the numbers of the clips, which youtube_mapping.txt gives MSVD's."""
-    for sample in captioned(source, path):
-        video = names_of(sample["video"])[1]
-        number = re.fullmatch(r"vid(?:eo)?(\d+)", source.called.get(video, video))
-        if number and int(number[1]) in splits[source.split]:
-            yield sample | {"video": video}
+def cc3m(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """CC3M: caption, tab, url, without a header.
+
+    The usual downloaders save an image as CRC32 or as INDEX_CRC32: the checksum of its url, and the
+    number of its line from 0.
+    """
+    for index, row in enumerate(read_table(path, "caption url")):
+        checksum = zlib.crc32(row["url"].strip().encode())
+        yield {"video": [f"{index}_{checksum}", f"{checksum}"], "text": row["caption"],
+               "image": True}
 
 
-def one_k_a(source, path, train):
-    """1k-A: MSRVTT_JSFUSION_test.csv tests, all other videos of the official splits (9K), or of
-    train and val (7K), train."""
-    test = {row["video_id"]: {"video": row["video_id"], "texts": [row["sentence"]]}
-            for row in rows(path)}
-    if source.split == "test":
-        yield from test.values()
-        return
-    for file in source.find(MSRVTT):
-        yield from (sample for sample in numbered(source, file, train=train)
-                    if sample["video"] not in test)
+DATASETS["cc3m"] = DataSet(
+    [Form("SPLIT_GCC*.tsv", cc3m, line=r"[^\t]+\thttps?://\S+")],
+    "ai.google.com/research/ConceptualCaptions", "train val=validation")
 
 
-def msrvtt_mc(source, path):
-    """JSFusion's or ClipBERT's questions test. MSR-VTT's captions train as JSFusion's did, each
-    against 4 of other videos (places tell nothing)."""
-    if source.split == "test":
-        yield from one_a_row(source, path)
-        return
-    official, draw = DATASETS["msrvtt_full"][0], random.Random(0)
-    pool = [(sample["video"], text) for file in source.find(MSRVTT)
-            for sample in official(source, file) for text in sample["texts"]]
-    for video, text in pool:
-        others = draw.sample(pool, min(50, len(pool)))
-        wrong = dict.fromkeys(b for a, b in others if a != video and b != text)
-        yield {"video": video, "options": [text, *list(wrong)[:4]], "answer": 0}
+def captions_by_clip(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The captions of each clip, in order. A clip is its stem: DiDeMo has two names for one."""
+    captions = collections.defaultdict(list)
+    for video, caption in pairs:
+        captions[stem(video)].append(caption)
+    return captions
 
 
-def vcr(source, path, rationale):
-    """A list [i, j] among the words becomes "person 0 person 1", numbered by first mention in all
-    question, answers, rationales; "boxes" ([number, x0, y0, x1, y1]) are of those that the sample's
-    words mention, from the .json beside the image. QA→R's question ends in the right answer."""
-    def mentioned(*texts):
-        objects = (token for text in texts for token in text if isinstance(token, list))
-        return dict.fromkeys(itertools.chain.from_iterable(objects))
+def coco_karpathy(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """Karpathy's splits of COCO: "images": [{"filename", "split", "sentences": [{"raw"}]}].
 
-    def words(tokens):
-        return " ".join(token if isinstance(token, str) else " ".join(names[i] for i in token)
-                        for token in tokens)
+    Its split restval, 30,504 images of COCO's val, counts as train.
+    """
+    for image in read_json(path)["images"]:
+        if image["split"].replace("restval", "train") == split:
+            texts = [sentence["raw"] for sentence in image["sentences"]]
+            yield {"video": image["filename"], "texts": texts}
 
-    for row in rows(path):
-        question, options, label = row["question"], row["answer_choices"], row["answer_label"]
-        every = mentioned(question, *options, *row["rationale_choices"])
-        names = {i: f"{row['objects'][i]} {k}" for k, i in enumerate(every)}
-        if rationale:
-            question, options = question + options[label], row["rationale_choices"]
-            label = row["rationale_label"]
-        sample = {"video": row["img_fn"], "kind": "QA→R" if rationale else "Q→A", "answer": label,
-                  "question": words(question), "options": [words(tokens) for tokens in options]}
-        shown = mentioned(question, *options)
-        if shown and (image := source.clip(row["img_fn"])):
-            boxes = next(rows(f"{os.path.splitext(image)[0]}.json"))["boxes"]
-            sample["boxes"] = [[k, *boxes[i][:4]] for k, i in enumerate(every) if i in shown]
+
+def coco(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """COCO: "images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]."""
+    content = read_json(path)
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    pairs = [(names[note["image_id"]], note["caption"]) for note in content["annotations"]]
+    for video, texts in captions_by_clip(pairs).items():
+        yield {"video": video, "texts": texts}
+
+
+DATASETS["coco"] = DataSet(
+    [Form("dataset_coco.json", coco_karpathy, "filename sentences"),
+     Form("captions_SPLIT20*.json", coco, "file_name")],
+    "cs.stanford.edu/people/karpathy/deepimagesent; cocodataset.org")
+
+
+def msrvtt_captions(path: str, numbers: Container[int]) -> dict[str, list[str]]:
+    """MSR-VTT: "sentences": [{"video_id": "video123", "caption"}], for the videos of these numbers.
+
+    MSR_VTT.json has COCO's form: "annotations": [{"image_id": "video123", "caption"}].
+    """
+    content = read_json(path)
+    notes = content.get("sentences") or content["annotations"]
+    videos = [note.get("video_id") or note["image_id"] for note in notes]
+    captions = captions_by_clip(zip(videos, [note["caption"] for note in notes]))
+    return {video: texts for video, texts in captions.items()
+            if int(video.removeprefix("video")) in numbers}
+
+
+def msrvtt_forms(reader: Callable, splits: str) -> list[Form]:
+    """The files that hold MSR-VTT's captions, of which `reader` makes samples of some splits."""
+    return [Form("*videodatainfo.json", reader, "videos|sentences", splits=splits, several="parts"),
+            Form("MSRVTT_data.json", reader, "videos|sentences", splits=splits),
+            Form("MSR_VTT.json", reader, "images", splits=splits)]
+
+
+MSRVTT_NUMBERS = {"train": range(6513), "val": range(6513, 7010), "test": range(7010, 10_000)}
+
+
+def msrvtt_full(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """MSR-VTT's own splits: videos 0 to 6512, 6513 to 7009, 7010 to 9999."""
+    for video, texts in msrvtt_captions(path, MSRVTT_NUMBERS[split]).items():
+        yield {"video": video, "texts": texts}
+
+
+DATASETS["msrvtt_full"] = DataSet(
+    msrvtt_forms(msrvtt_full, "train val test"), "ms-multimedia-challenge.com/2016")
+
+
+def one_k_a_test(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """1k-A, the 1,000 test clips of JSFusion: columns key, vid_key, video_id, sentence."""
+    for row in read_rows(path):
+        yield {"video": row["video_id"], "texts": [row["sentence"]]}
+
+
+ONE_K_A = Form("MSRVTT_JSFUSION_test.csv", one_k_a_test, "video_id sentence", splits="test")
+
+
+def one_k_a_train(files: SourceFiles, path: str, numbers: Container[int]) -> Iterator[dict]:
+    """The MSR-VTT videos of these numbers, but for the test clips of 1k-A."""
+    test = {row["video_id"] for _, table in files.find([ONE_K_A]) for row in read_rows(table)}
+    if not test:
+        raise DataError(f"{ONE_K_A.name} is missing, which names the clips that must not train: "
+                        "add it to --annotations")
+    for video, texts in msrvtt_captions(path, numbers).items():
+        if video not in test:
+            yield {"video": video, "texts": texts}
+
+
+def msrvtt_9k(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """MSR-VTT's 9,000 videos of all splits that are not in 1k-A."""
+    return one_k_a_train(files, path, range(10_000))
+
+
+def msrvtt_7k(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """MSR-VTT's videos of train and val. None of them is in 1k-A."""
+    return one_k_a_train(files, path, range(7010))
+
+
+DATASETS["msrvtt_9k"] = DataSet(
+    [ONE_K_A, *msrvtt_forms(msrvtt_9k, "train")], "ms-multimedia-challenge.com/2016", "train test")
+DATASETS["msrvtt_7k"] = DataSet(
+    [ONE_K_A, *msrvtt_forms(msrvtt_7k, "train")], "ms-multimedia-challenge.com/2016", "train test")
+
+
+def msrvtt_mc(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """MSR-VTT choices: columns vid_key (msr1234 is video1234), a1, ..., a5, answer from 0."""
+    for row in read_rows(path):
+        options = [row[f"a{number}"] for number in range(1, 6)]
+        yield {"video": row["vid_key"].replace("msr", "video"), "options": options,
+               "answer": int(row["answer"])}
+
+
+def msrvtt_mc_training(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """Each MSR-VTT caption against 4 of other videos, as JSFusion trained; the right one is first.
+
+    A caption that is also one of the same video is no wrong option. The places tell a model
+    nothing, since it scores each option alone.
+    """
+    captions = msrvtt_captions(path, MSRVTT_NUMBERS[split])
+    pool = [caption for texts in captions.values() for caption in texts]
+    rng = random.Random(0)
+    for video, texts in captions.items():
+        right = {tidy(caption).lower() for caption in texts}
+        for caption in texts:
+            options = {tidy(caption).lower(): caption}
+            for other in rng.sample(pool, min(100, len(pool))):
+                if len(options) < 5 and tidy(other).lower() not in right:
+                    options.setdefault(tidy(other).lower(), other)
+            yield {"video": video, "options": list(options.values()), "answer": 0}
+
+
+def clipbert_choice(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """ClipBERT's choices: clip_name or gif_name, question, options, answer (an index)."""
+    for row in read_rows(path):
+        sample = {"video": row.get("gif_name") or row["clip_name"], "options": row["options"],
+                  "answer": row["answer"]}
+        if "question" in row:
+            sample["question"] = row["question"]
         yield sample
 
 
-def hmdb51(source, path):
-    """"<clip>.avi 1" trains, 2 tests, 0 does neither. As the release, the first of three splits."""
+DATASETS["msrvtt_mc"] = DataSet(
+    [Form("MSR_MC_test.csv", msrvtt_mc, "vid_key a1 a5 answer", splits="test"),
+     Form("msrvtt_mc_test.jsonl", clipbert_choice, "clip_name options answer", splits="test"),
+     *msrvtt_forms(msrvtt_mc_training, "train val")], "github.com/yj-yu/lsmdc")
+
+
+def msrvtt_qa(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """MSRVTT-QA: answer, category_id, id, question, video_id (a number)."""
+    for row in read_rows(path):
+        yield {"video": f"video{row['video_id']}", "question": row["question"],
+               "answer": row["answer"], "kind": question_word(row["question"])}
+
+
+def msrvtt_qa_clipbert(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """ClipBERT's MSRVTT-QA: answer, question, video_id ("video6513"), answer_type."""
+    for row in read_rows(path):
+        yield {"video": row["video_id"], "question": row["question"],
+               "answer": row["answer"], "kind": question_word(row["question"])}
+
+
+def question_word(question: str) -> str:
+    """The kind of a question on MSR-VTT or MSVD: what, who, how, when or where."""
+    return question.partition(" ")[0].lower()
+
+
+XUDEJING = "github.com/xudejing/video-question-answering"
+DATASETS["msrvtt_qa"] = DataSet(
+    [Form("SPLIT_qa.json", msrvtt_qa, "answer category_id question video_id"),
+     Form("msrvtt_qa_SPLIT.jsonl", msrvtt_qa_clipbert, "answer question video_id -category_id")],
+    XUDEJING, answers=1500)
+
+
+def msvd_names(path: str) -> Iterator[dict[str, str]]:
+    """MSVD's clips have two names: "-4wsuPCjDBc_5_15 vid1" on a line."""
+    for line in read_lines(path):
+        name, number = line.split()
+        yield {name: number, number: name}
+
+
+MSVD_NAMES = Form("*mapping*.txt", msvd_names, line=r"\S+\s+vid\d+|vid\d+\s+\S+")
+
+
+def msvd_qa(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """MSVD-QA: answer, id, question, video_id (a number). youtube_mapping.txt names the clips."""
+    for row in read_rows(path):
+        number = f"vid{row['video_id']}"
+        yield {"video": [number, files.aliases.get(number, number)], "question": row["question"],
+               "answer": row["answer"], "kind": question_word(row["question"])}
+
+
+DATASETS["msvd_qa"] = DataSet(
+    [Form("SPLIT_qa.json", msvd_qa, "answer question video_id -category_id")],
+    f"{XUDEJING}, with youtube_mapping.txt", answers=1000)
+
+
+def msvd(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """MSVD: "-4wsuPCjDBc_5_15 a squirrel eats" on a line. vid1 to vid1200 of the mapping train."""
+    numbers = {"train": range(1, 1201), "val": range(1201, 1301), "test": range(1301, 1971)}
+    if not files.aliases:
+        raise DataError("MSVD's splits go by the numbers in youtube_mapping.txt (of MSVD-QA): add "
+                        f"it to --annotations. Its lines are like -4wsuPCjDBc_5_15 vid1")
+    lines = [line for line in read_lines(path) if not line.startswith("#")]
+    for video, texts in captions_by_clip(line.split(maxsplit=1) for line in lines).items():
+        number = files.aliases.get(video, "vid0")
+        if int(number.removeprefix("vid")) in numbers[split]:
+            yield {"video": [video, number], "texts": texts}
+
+
+DATASETS["msvd"] = DataSet(
+    [Form("AllVideoDescriptions.txt", msvd, line=r"#.*|\S+ .+")],
+    "cs.utexas.edu/users/ml/clamp/videoDescription, with youtube_mapping.txt of MSVD-QA")
+
+
+def tgif_choice(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """TGIF-QA action, transition: columns gif_name, question, a1, ..., a5, answer from 0."""
+    for row in read_rows(path):
+        options = [row[f"a{number}"] for number in range(1, 6)]
+        yield {"video": row["gif_name"], "question": row["question"], "options": options,
+               "answer": int(row["answer"])}
+
+
+def tgif_frameqa(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """TGIF-QA FrameQA: columns gif_name, question, answer, type (an index of `kinds`)."""
+    kinds = ["object", "number", "color", "location"]
+    for row in read_rows(path):
+        yield {"video": row["gif_name"], "question": row["question"], "answer": row["answer"],
+               "kind": kinds[int(row["type"])]}
+
+
+def tgif_frameqa_clipbert(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """ClipBERT's FrameQA: gif_name, question, answer, answer_type (the kind in words)."""
+    for row in read_rows(path):
+        yield {"video": row["gif_name"], "question": row["question"], "answer": row["answer"],
+               "kind": row["answer_type"]}
+
+
+TGIF = "github.com/YunseokJANG/tgif-qa"
+DATASETS["tgif_action"] = DataSet(
+    [Form("SPLIT_action_*.csv", tgif_choice, "gif_name question a1 a5 answer"),
+     Form("action_SPLIT.jsonl", clipbert_choice, "gif_name question options answer")], TGIF)
+DATASETS["tgif_transition"] = DataSet(
+    [Form("SPLIT_trans*.csv", tgif_choice, "gif_name question a1 a5 answer"),
+     Form("trans*_SPLIT.jsonl", clipbert_choice, "gif_name question options answer")], TGIF)
+DATASETS["tgif_frameqa"] = DataSet(
+    [Form("SPLIT_frame*.csv", tgif_frameqa, "gif_name question answer type"),
+     Form("frameqa_SPLIT.jsonl", tgif_frameqa_clipbert, "gif_name question answer answer_type")],
+    TGIF, answers=1540)
+
+
+def tvqa(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """TVQA: q, a0, ..., a4, answer_idx, vid_name, ts ("76.01-84.2" seconds, or "nan-nan").
+
+    Its clips are folders of frames at 3 a second. Its public test questions have no answers.
+    """
+    for row in read_rows(path):
+        options = [row[f"a{number}"] for number in range(5)]
+        sample = {"video": row["vid_name"], "fps": 3, "question": row["q"], "options": options,
+                  "answer": row["answer_idx"]}
+        if "nan" not in row["ts"]:
+            sample["start"], sample["end"] = map(float, row["ts"].split("-"))
+        yield sample
+
+
+DATASETS["tvqa"] = DataSet(
+    [Form("tvqa_SPLIT.jsonl", tvqa, "q a0 a4 answer_idx vid_name ts")], "tvqa.cs.unc.edu",
+    "train test=val")
+
+
+def lsmdc(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """LSMDC: clip, four times, caption, with tabs and without a header."""
+    for row in read_table(path, "clip start end cut_start cut_end caption"):
+        yield {"video": lsmdc_clip(row["clip"]), "text": row["caption"]}
+
+
+def lsmdc_choice(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """LSMDC multiple choice: clip, four times, five captions and, in test, the right one from 1.
+
+    In training and validation the first caption is the right one.
+    """
+    for row in read_table(path, "clip start end cut_start cut_end a1 a2 a3 a4 a5 right"):
+        options = [row[f"a{number}"] for number in range(1, 6)]
+        yield {"video": lsmdc_clip(row["clip"]), "options": options,
+               "answer": int(row["right"] or 1) - 1}
+
+
+def lsmdc_clip(name: str) -> str:
+    """The clip FILM_00.03.06.170-00.03.09.675 lies in the folder FILM."""
+    return f"{name.rpartition('_')[0]}/{name}"
+
+
+LSMDC = "sites.google.com/site/describingmovies"
+DATASETS["lsmdc"] = DataSet(
+    [Form("LSMDC16_SPLIT.csv", lsmdc, line=r"([^\t]*\t){5,6}[^\t]*")], LSMDC,
+    "train=annos_training val=annos_val test=challenge_1000_*")
+DATASETS["lsmdc_mc"] = DataSet(
+    [Form("LSMDC16_multiple_choice_SPLIT.csv", lsmdc_choice, line=r"([^\t]*\t){9,10}[^\t]*")],
+    LSMDC, "train val=valid test=test_*")
+
+
+def didemo(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """DiDeMo: video, description, times. The descriptions of a video make one text, in order."""
+    pairs = [(row["video"], row["description"]) for row in read_rows(path)]
+    for video, texts in captions_by_clip(pairs).items():
+        yield {"video": video, "text": " ".join(texts)}
+
+
+DATASETS["didemo"] = DataSet(
+    [Form("SPLIT_data.json", didemo, "video description")],
+    "github.com/LisaAnne/LocalizingMoments")
+
+
+def activitynet(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """ActivityNet Captions: {"v_ID": {"sentences": ["A dog.", ...], "timestamps"}, ...}.
+
+    The sentences of a video make one text. Its clip is v_ID or ID.
+    """
+    for video, notes in read_json(path).items():
+        yield {"video": [video, video.removeprefix("v_")], "text": " ".join(notes["sentences"])}
+
+
+def activitynet_clipbert(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """ClipBERT's ActivityNet: clip_name ("v_ID"), caption (all sentences)."""
+    for row in read_rows(path):
+        video = row["clip_name"]
+        yield {"video": [video, video.removeprefix("v_")], "text": row["caption"]}
+
+
+DATASETS["activitynet"] = DataSet(
+    [Form("SPLIT.json", activitynet, "timestamps sentences"),
+     Form("SPLIT.jsonl", activitynet_clipbert, "clip_name caption")],
+    "cs.stanford.edu/people/ranjaykrishna/densevid", "train test=val*1")
+
+
+def vcr_sample(files: SourceFiles, row: dict, rationale: bool) -> dict:
+    """A question of VCR; rationale: on the reason, and it ends in the right answer.
+
+    A list [1, 4] among the words becomes "person 0 cup 1". Objects are numbered in the order in
+    which question, answers and rationales mention them. "boxes", [number, x0, y0, x1, y1], are of
+    the objects in the words of the sample; they stand in the .json beside the image.
+    """
+    question = row["question"]
+    options = row["answer_choices"]
+    answer = row["answer_label"]
+    numbers = {}
+    for object_index in vcr_objects(question, *options, *row["rationale_choices"]):
+        numbers.setdefault(object_index, len(numbers))
+    if rationale:
+        question = question + options[answer]
+        options = row["rationale_choices"]
+        answer = row["rationale_label"]
+    names = {index: f"{row['objects'][index]} {number}" for index, number in numbers.items()}
+    sample = {"video": row["img_fn"], "kind": "QA→R" if rationale else "Q→A", "answer": answer,
+              "question": vcr_text(question, names),
+              "options": [vcr_text(option, names) for option in options]}
+    mentioned = set(vcr_objects(question, *options))
+    image = files.clip(row["img_fn"])
+    if mentioned and image:
+        boxes = read_json(f"{os.path.splitext(image)[0]}.json")["boxes"]
+        sample["boxes"] = [[number, *boxes[index][:4]] for index, number in numbers.items()
+                           if index in mentioned]
+    return sample
+
+
+def vcr_objects(*texts: list) -> Iterator[int]:
+    """The objects that these texts mention, in their order, as often as they do."""
+    for text in texts:
+        for token in text:
+            if isinstance(token, list):
+                yield from token
+
+
+def vcr_text(tokens: list, names: dict[int, str]) -> str:
+    """The words of a text, with the names of the objects that it mentions."""
+    words = []
+    for token in tokens:
+        words += [names[index] for index in token] if isinstance(token, list) else [token]
+    return " ".join(words)
+
+
+def vcr_qa(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """VCR Q→A: img_fn, objects, question, answer_choices, answer_label, rationale_choices."""
+    for row in read_rows(path):
+        yield vcr_sample(files, row, rationale=False)
+
+
+def vcr_qar(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """VCR QA→R: the columns of Q→A and rationale_label."""
+    for row in read_rows(path):
+        yield vcr_sample(files, row, rationale=True)
+
+
+VCR = "visualcommonsense.com, with vcr1images"
+DATASETS["vcr_qa"] = DataSet(
+    [Form("SPLIT.jsonl", vcr_qa, "img_fn objects question answer_choices answer_label")],
+    VCR, "train test=val")
+DATASETS["vcr_qar"] = DataSet(
+    [Form("SPLIT.jsonl", vcr_qar, "img_fn objects question rationale_choices rationale_label")],
+    VCR, "train test=val")
+
+
+def kinetics400(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """Kinetics: label, youtube_id, time_start, time_end. A clip is ID_000059_000069 or ID."""
+    for row in read_rows(path):
+        label = row["label"]
+        clip = f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}"
+        yield {"video": [f"{label}/{clip}", f"{label}/{row['youtube_id']}"], "answer": label}
+
+
+DATASETS["kinetics400"] = DataSet(
+    [Form("SPLIT.csv", kinetics400, "label youtube_id time_start time_end"),
+     Form("kinetics?400_SPLIT.csv", kinetics400, "label youtube_id time_start time_end")],
+    "github.com/cvdfoundation/kinetics-dataset", "train test=val*")
+
+
+def hmdb51(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """HMDB51, the first of three splits: LABEL_test_split1.txt, with lines "CLIP.avi 1".
+
+    1 trains, 2 tests, 0 does neither.
+    """
     label = os.path.basename(path).removesuffix("_test_split1.txt")
-    for clip, use in (line.rsplit(maxsplit=1) for line in rows(path)):
-        if use == {"train": "1", "test": "2"}[source.split]:
+    use = {"train": "1", "test": "2"}[split]
+    for line in read_lines(path):
+        clip, number = line.rsplit(maxsplit=1)
+        if number == use:
             yield {"video": f"{label}/{clip}", "answer": label.replace("_", " ")}
 
 
-def ego4d_mc(source, path):
-    """Cells are Python lists: question [video, frame, ..., text], answers [[..., text], ...]. As in
-    the release a clip is the 120 frames (at 30 a second) about the narrated one."""
-    for row in rows(path):
+DATASETS["hmdb51"] = DataSet(
+    [Form("*_test_split1.txt", hmdb51, line=r".+\.\w+\s+[012]", several="names")],
+    "serre-lab.clps.brown.edu", "train test")
+
+
+def ego4d_mc(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
+    """Ego4D choices: columns question, answers, cells of Python lists: [video, frame, ..., text].
+
+    As in the release a clip is the 120 frames, at 30 a second, about the narrated one.
+    """
+    for row in read_rows(path):
         video, frame, *_, text = ast.literal_eval(row["question"])
         options = [answer[-1] for answer in ast.literal_eval(row["answers"])]
         yield {"video": video, "start": max(frame / 30 - 2, 0), "end": frame / 30 + 2,
                "options": options, "answer": options.index(text)}
 
 
-MSRVTT = "*videodatainfo.json | MSRVTT_data.json | MSR_VTT.json"
-ONE_K_A = "MSRVTT_JSFUSION_test.csv"
-QA, TGIF = "github.com/xudejing/video-question-answering", "github.com/YunseokJANG/tgif-qa"
-LSMDC, VCR = "sites.google.com/site/describingmovies", "visualcommonsense.com, with vcr1images"
-# name: reader; annotation files (of forms between " | " the first at hand); where they are from;
-# what SPLIT stands for, if not for train, val and test ("test=val": our test is their val)
-DATASETS = {
-    "webvid": (one_a_row, "results_*_SPLIT.csv", "m-bain.github.io/webvid-dataset", "train val"),
-    "howto100m": (howto100m, "???????????.csv | caption.json | raw_caption*.json",
-                  "di.ens.fr/willow/research/howto100m", "train"),
-    "yttemporal": (yttemporal, "*.jsonl.gz | *.jsonl | ???????????*.json",
-                   "YT-Temporal-180M, rowanzellers.com/merlot", "train"),
-    "cc3m": (partial(one_a_row, columns="text url", image=True), "SPLIT_GCC*.tsv",
-             "ai.google.com/research/ConceptualCaptions", "train val=validation"),
-    "coco": (captioned, "dataset_coco.json | captions_SPLIT20*.json", "Karpathy; cocodataset.org"),
-    "msrvtt_9k": (partial(one_k_a, train=range(10_000)), ONE_K_A, MSRVTT, "train test"),
-    "msrvtt_7k": (partial(one_k_a, train=range(7010)), ONE_K_A, MSRVTT, "train test"),
-    "msrvtt_full": (partial(numbered, train=range(6513), val=range(6513, 7010),
-                            test=range(7010, 10_000)), MSRVTT, "ms-multimedia-challenge.com/2016"),
-    "msrvtt_mc": (msrvtt_mc, "MSR_MC_test.csv | msrvtt_mc_test.jsonl", MSRVTT),
-    "msrvtt_qa": (partial(one_a_row, prefix="video"), "SPLIT_qa.json | msrvtt_qa_SPLIT.jsonl", QA),
-    "msvd_qa": (partial(one_a_row, prefix="vid"), "SPLIT_qa.json", f"{QA}: youtube_mapping.txt"),
-    "msvd": (partial(numbered, train=range(1201), val=range(1201, 1301), test=range(1301, 1971)),
-             "AllVideoDescriptions.txt", "cs.utexas.edu/users/ml/clamp/videoDescription"),
-    "tgif_action": (one_a_row, "SPLIT_action_*.csv | action_SPLIT.jsonl", TGIF),
-    "tgif_transition": (one_a_row, "SPLIT_trans*.csv | trans*_SPLIT.jsonl", TGIF),
-    "tgif_frameqa": (one_a_row, "SPLIT_frame*.csv | frameqa_SPLIT.jsonl", TGIF),
-    "tvqa": (partial(one_a_row, fps=3), "tvqa_SPLIT.jsonl", "tvqa.cs.unc.edu", "train test=val"),
-    "lsmdc": (partial(one_a_row, columns="video _ _ _ _ text"), "LSMDC16_SPLIT.csv", LSMDC,
-              "train=annos_training val=annos_val test=challenge_1000_*"),
-    "lsmdc_mc": (partial(one_a_row, columns="video _ _ _ _ a1 a2 a3 a4 a5 from_one", answer=0),
-                 "LSMDC16_multiple_choice_SPLIT.csv", LSMDC, "train val=valid test=test_*"),
-    "didemo": (partial(captioned, paragraph=True), "SPLIT_data.json",
-               "github.com/LisaAnne/LocalizingMoments"),
-    "activitynet": (partial(captioned, paragraph=True), "SPLIT.json | SPLIT.jsonl",
-                    "cs.stanford.edu/people/ranjaykrishna/densevid", "train test=val*1"),
-    "vcr_qa": (partial(vcr, rationale=False), "SPLIT.jsonl", VCR, "train test=val"),
-    "vcr_qar": (partial(vcr, rationale=True), "SPLIT.jsonl", VCR, "train test=val"),
-    "kinetics400": (one_a_row, "SPLIT.csv | kinetics?400_SPLIT.csv",
-                    "github.com/cvdfoundation/kinetics-dataset", "train test=val*"),
-    "hmdb51": (hmdb51, "*_test_split1.txt", "serre-lab.clps.brown.edu", "train test"),
-    "ego4d_mc": (ego4d_mc, "mc_val.csv", "the authors", "test")}
-COMMONEST = {"msrvtt_qa": 1500, "msvd_qa": 1000, "tgif_frameqa": 1540}     # answers: else all
+DATASETS["ego4d_mc"] = DataSet(
+    [Form("mc_val.csv", ego4d_mc, "question answers")], "the authors of Ego4D's choices", "test")
 
 
-def published(reader, source, paths, expected):
-    """A reader's samples, tidy; DataError if a file is not as published."""
-    for path in paths:
+def split_samples(files: SourceFiles, dataset: DataSet, split: str) -> Iterator[dict]:
+    """The samples of a split, with tidy texts. DataError if a file is not as published."""
+    forms = [form for form in dataset.forms if split in form.splits.split()]
+    found = files.find(forms, dataset.words()[split])
+    if not found:
+        names = " or ".join(form.name for form in forms)
+        files.missing.append(f"{split}: no annotation file is named "
+                             f"{names.replace('SPLIT', dataset.words()[split])}")
+    for form, path in found:
         try:
-            for sample in reader(source, path):
-                sample = {key: tidy(value) for key, value in sample.items()}
-                for key, says in (("texts", bool), ("captions", lambda c: c[2] and c[1] > c[0])):
-                    if key in sample:
-                        sample[key] = list(filter(says, sample[key]))
-                yield sample
+            for sample in form.reader(files, path, split):
+                yield tidy_sample(sample)
+        except DataError:
+            raise
         except Exception as error:          # whatever a reader meets in a file of another form
-            raise DataError(f"{path}: not as published ({error!r}); expected {expected}") from error
+            raise DataError(f"{path}: not as published ({error!r}); expected "
+                            f"{dataset.expected()}. {tidy(form.reader.__doc__)}") from error
 
 
-def convert(name, annotations, videos, out):
+def tidy_sample(sample: dict) -> dict:
+    """A sample with its texts on one line, without empty captions and windows of no length."""
+    sample = {field: tidy(value) for field, value in sample.items()}
+    if "texts" in sample:
+        sample["texts"] = [text for text in sample["texts"] if text]
+    if "captions" in sample:
+        sample["captions"] = [[start, end, text] for start, end, text in sample["captions"]
+                              if isinstance(text, str) and text and end > start]
+    return sample
+
+
+def find_clip(files: SourceFiles, names: str | list[str]) -> str | None:
+    """The path of the clip that has one of these names, or None."""
+    for name in [names] if isinstance(names, str) else names:
+        if path := files.clip(name):
+            return path
+    return None
+
+
+def write_split(samples: Iterable[dict], files: SourceFiles, path: str, out: str,
+                videos: str) -> dict[str, collections.Counter]:
+    """Writes a manifest `path`, whose clips are relative to the folder `out`.
+
+    Returns what became of the samples: {"written" or why not: {clip: how many samples}}.
+    """
+    fates = collections.defaultdict(collections.Counter)
+    with open(path, "w", encoding="utf-8") as file:
+        for sample in samples:
+            names = sample["video"]
+            clip = find_clip(files, names)
+            fate = "written"
+            if any(value in ("", []) for value in sample.values()):
+                fate = "without text"
+            elif clip is None:
+                fate = f"not under {videos}"
+            fates[fate][names if isinstance(names, str) else names[0]] += 1
+            if fate == "written":
+                sample["video"] = os.path.relpath(clip, out)
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+    return fates
+
+
+def examples(names: Iterable[str], count: int = 3) -> str:
+    """Some of the names, in words."""
+    return f"such as {', '.join(itertools.islice(names, count))}"
+
+
+def remarks(files: SourceFiles) -> Iterator[str]:
+    """What a person must know of the source files, a line each."""
+    yield from files.missing
+    if files.left_out:
+        path, columns = min(files.left_out.items())
+        yield (f"left out {len(files.left_out):,} annotation files that have a right name and "
+               f"other columns, such as {path}: columns {columns:.200}")
+    if files.archives:
+        yield f"not read: {len(files.archives):,} archives, {examples(files.archives)}; unpack them"
+    if files.duplicates:
+        rivals = next(iter(files.duplicates.values()))
+        yield (f"{len(files.duplicates):,} clips are there more than once, such as "
+               f"{' and '.join(rivals[:3])}; the first of them is taken")
+
+
+def convert(name: str, annotations: Sequence[str], videos: str, out: str) -> None:
     """Writes OUT/{train,val,test}.jsonl, and OUT/answers.json, of data set `name`.
+
     annotations: files, or folders that hold them, as published. videos: the folder of the clips,
     at any depth. Clips that are not there and samples without text are left out, counted, named.
     answers.json: all training answers, whatever the download holds, the commonest first (Sec.
-    4.2.1). DataError if nothing is left or a file is not as published; OUT is then as it was."""
+    4.2.1). Such files of an earlier conversion that are not written now are renamed to NAME.old.
+    DataError if nothing is left or a file is not as published; OUT is then as it was.
+    """
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
-    reader, forms, site, splits = (*DATASETS[name], "train val test")[:4]
-    expected = tidy(f"{forms} ({site}). {getattr(reader, 'func', reader).__doc__}")
-    source, out = Release(annotations, videos), os.path.realpath(out)
-    if any(os.path.realpath(os.path.dirname(file)) == out for file in source.files):
+    dataset = DATASETS[name]
+    files = SourceFiles(annotations, videos)
+    out = os.path.realpath(out)
+    if any(os.path.dirname(file) == out for file in files.annotations):
         raise DataError(f"--annotations lie in --out {out} and might be replaced by manifests")
-    answers, tally = collections.Counter(), collections.defaultdict(collections.Counter)
+    answers = collections.Counter()
+    reports = []
     os.makedirs(out, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".convert-", dir=out) as beside:     # all or none
-        for split in splits.split():
-            source.split, _, theirs = split.partition("=")
-            paths = source.find(forms, theirs or split)
-            with open(f"{beside}/{source.split}.jsonl", "w", encoding="utf-8") as file:
-                for sample in published(reader, source, paths, expected):
-                    if source.split == "train" and "answer" in sample and "options" not in sample:
-                        answers[sample["answer"]] += 1
-                    path = source.clip(sample["video"])
-                    empty = any(value in ("", []) for value in sample.values())
-                    fate = "without text" if empty else "written" if path else f"not under {videos}"
-                    tally[source.split, fate][sample["video"]] += 1
-                    if fate == "written":
-                        sample["video"] = os.path.relpath(path, out)
-                        file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        reports = [f"{split}: {clips.total():,} samples of {len(clips):,} clips {fate}, such as "
-                   f"{', '.join(list(clips)[:3])}" for (split, fate), clips in tally.items()]
-        if not any(fate == "written" for _, fate in tally):
-            told = "; ".join(reports) or "no annotation file is named so"
-            raise DataError(f"{name}: nothing to write: {told}; expected {expected}")
-        print(*reports, sep="\n")
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=out) as folder:     # all or none
+        for split in dataset.words():
+            samples = split_samples(files, dataset, split)
+            if split == "train":
+                samples = count_answers(samples, answers)
+            fates = write_split(samples, files, f"{folder}/{split}.jsonl", out, videos)
+            for fate, clips in fates.items():
+                reports.append(f"{split}: {clips.total():,} samples of {len(clips):,} clips "
+                               f"{fate}, {examples(clips)}")
+        reports += remarks(files)
+        written = [file for file in os.listdir(folder) if os.path.getsize(f"{folder}/{file}")]
+        if not written:
+            raise DataError(f"{name}: nothing to write: {'; '.join(reports)}; expected "
+                            f"{dataset.expected()}")
         if answers:
-            listed = [answer for answer, _ in answers.most_common(COMMONEST.get(name))]
-            Path(beside, "answers.json").write_text(json.dumps(listed, ensure_ascii=False), "utf-8")
-        for file in os.listdir(beside):
-            if os.path.getsize(f"{beside}/{file}"):
-                os.replace(f"{beside}/{file}", f"{out}/{file}")
+            commonest = [answer for answer, _ in answers.most_common(dataset.answers)]
+            written.append("answers.json")
+            Path(folder, "answers.json").write_text(
+                json.dumps(commonest, ensure_ascii=False), "utf-8")
+        reports += set_aside(out, written)
+        for file in written:
+            os.replace(f"{folder}/{file}", f"{out}/{file}")
+    print(*reports, sep="\n")
+
+
+def count_answers(samples: Iterable[dict], answers: collections.Counter) -> Iterator[dict]:
+    """The samples, while the answers in words to open questions are counted."""
+    for sample in samples:
+        if "answer" in sample and "options" not in sample:
+            answers[sample["answer"]] += 1
+        yield sample
+
+
+def set_aside(out: str, written: list[str]) -> Iterator[str]:
+    """Renames the files of an earlier conversion that this one does not replace; says so."""
+    for file in ("train.jsonl", "val.jsonl", "test.jsonl", "answers.json"):
+        if file not in written and os.path.exists(f"{out}/{file}"):
+            os.replace(f"{out}/{file}", f"{out}/{file}.old")
+            yield f"{out}/{file} was there before and is now {file}.old"
 
 
 # ==== Command line ================================================================================
@@ -2566,8 +3228,8 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter) for name, run in runs.items())
     toys.add_argument("--out", dest="root")
     toys.add_argument("--seed", type=int)
-    converts.epilog = "\n".join(f"{name}: {files} ({site})"
-                                for name, (_, files, site, *_) in DATASETS.items())
+    converts.epilog = "\n".join(f"{name}: {dataset.expected()}"
+                                for name, dataset in DATASETS.items())
     converts.add_argument("name")
     for flag, count in ("annotations", "+"), ("videos", None), ("out", None):
         converts.add_argument(f"--{flag}", nargs=count, required=True)

@@ -56,7 +56,7 @@ from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Temporal, 
                       text_embedding, token_rolling, video_embedding, vtc_loss, vtm_loss,
                       vtm_pairs, word_patch_transport)
 from data import (BatchSampler, Clips, DataError, Manifest, Tokenizer, Unreadable, collate, convert,
-                  crop, decode, entries, sample_frames, shuffled)
+                  crop, decode, sample_frames, shuffled)
 from eval import count_macs, count_parameters
 
 torch.set_num_threads(1)                                 # sums in one order, whoever runs them
@@ -2866,210 +2866,595 @@ def test_the_toy_set_replaces_no_other_folder(tmp_path):
 
 
 # ---- Every data set in its owners' form ----------------------------------------------------------
+# Each test shows lines of the published files, the clips on disk, and the samples that they give.
+# Clips that no sample may hold are on disk too.
 
 @pytest.fixture
-def release(tmp_path):
-    """release(name, {annotation file: content}, clips on disk) -> {file written: its content}."""
-    def run(name, notes, clips=()):
-        for file, content in {**notes, **{f"../clips/{clip}": "" for clip in clips}}.items():
-            path = tmp_path / "notes" / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(content) if isinstance(content, (list, dict)) else content
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        twice = [tmp_path / "notes" / file for file in ("", *notes)]             # and read once
-        convert(name, twice, tmp_path / "clips", tmp_path / "out")
-        written = {}
-        for path in (tmp_path / "out").iterdir():
-            written[path.stem] = [json.loads(line) for line in open(path, encoding="utf-8")]
-            for sample in written[path.stem] if path.suffix == ".jsonl" else ():
-                sample["video"] = os.path.relpath(sample["video"], "../clips")
-        return written
+def converted(tmp_path):
+    """converted(data set, {annotation file: content}, clips) -> {split or "answers": its content}.
+
+    Content is text, bytes or what a .json holds. The clips are empty files. In the samples that
+    come back "video" is relative to the folder of the clips.
+    """
+    def run(name, notes, clips, annotations=("",)):
+        write_source_files(tmp_path / "notes", notes)
+        write_source_files(tmp_path / "clips", dict.fromkeys(clips, ""))
+        out = tmp_path / "out"
+        convert(name, [tmp_path / "notes" / path for path in annotations], tmp_path / "clips", out)
+        manifests = {}
+        for path in out.glob("*.jsonl"):
+            manifests[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+            for sample in manifests[path.stem]:
+                sample["video"] = os.path.relpath(out / sample["video"], tmp_path / "clips")
+        if (out / "answers.json").exists():
+            manifests["answers"] = json.loads((out / "answers.json").read_text())
+        return manifests
     return run
 
 
-def jsonl(*samples):
-    return "".join(json.dumps(sample) + "\n" for sample in samples)
+def write_source_files(folder, contents):
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, (list, dict)):
+            content = json.dumps(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def sentences(*videos):
-    return {"sentences": [{"sen_id": 0, "video_id": video, "caption": f"{video} {i}"}
-                          for video in videos for i in "ab"]}
+def json_lines(*objects):
+    return "".join(json.dumps(item) + "\n" for item in objects)
 
 
-def texts(*videos):
+def test_webvid_has_one_caption_a_row(converted):
+    notes = {"results_2M_train.csv": """videoid,contentUrl,duration,page_dir,name
+7,https://x/7.mp4,PT10S,000001_000050,"A ""red"" car,
+parked"
+8,https://x/8.mp4,PT10S,000001_000050,in another folder
+9,https://x/9.mp4,PT10S,000001_000050,
+"""}
+    clips = ["000001_000050/7.mp4", "000001_000050/9.mp4", "000051_000100/8.mp4", "7.txt"]
+    assert converted("webvid", notes, clips) == {"train": [
+        {"video": "000001_000050/7.mp4", "text": 'A "red" car, parked'}]}
+
+
+@pytest.mark.parametrize("notes", [
+    {"caption.json": {"-tCQ4tCQdWE": {"start": [0.41, 3.9, 6.0], "end": [3.91, 5, 8.5],
+                                      "text": ["pic", "", "bowl"]}}},
+    {"-tCQ4tCQdWE.csv": "start,end,text\n0.41,3.91,pic\n3.9,5.0,\n6.0,8.5,bowl\n",
+     "HowTo100M_v1.csv": "video_id,category_1,category_2,rank,task_id\n-tCQ4tCQdWE,a,b,1,2\n"}])
+def test_howto100m_has_windows_of_each_video(notes, converted):
+    clips = ["food/-tCQ4tCQdWE.webm", "food/-tCQ4tCQdWE.csv", "HowTo100M_v1.mp4"]
+    assert converted("howto100m", notes, clips) == {"train": [
+        {"video": "food/-tCQ4tCQdWE.webm", "captions": [[0.41, 3.91, "pic"], [6.0, 8.5, "bowl"]]}]}
+
+
+@pytest.mark.parametrize("file, pack", [
+    ("WAaKRUoY6Io.grover.json", str.encode), ("000of100.jsonl", str.encode),
+    ("000of100.jsonl.gz", lambda text: gzip.compress(text.encode()))])
+def test_yttemporal_joins_words_of_12_seconds(file, pack, converted):
+    words = [("b", 12.4), ("a", 0), ("c", 12.5), ("&gt", 3), ("gt;", 4), ("late", 90)]
+    subtitles = [{"word": word, "time": time} for word, time in words]
+    video = {"info": {"id": "WAaKRUoY6Io"}, "denoised": [], "subtitles": subtitles}
+    notes = {file: pack(json_lines(video)), "WAaKRUoY6Io.info.json": {"id": "WAaKRUoY6Io"}}
+    clips = ["data/WAaKRUoY6Io.mp4", "data/WAaKRUoY6Io.info.json", "data/late.mp4"]
+    assert converted("yttemporal", notes, clips) == {"train": [
+        {"video": "data/WAaKRUoY6Io.mp4",
+         "captions": [[0, 12.5, "a b"], [12.5, 25, "c"], [90, 102.5, "late"]]}]}
+
+
+@pytest.mark.parametrize("saved_as", ["{index}_{checksum}", "{checksum}", "{checksum}.jpg"])
+def test_cc3m_images_are_named_by_checksum(saved_as, converted):
+    names = [saved_as.format(index=index, checksum=zlib.crc32(url))
+             for index, url in enumerate([b"http://x/a", b"http://x/b"])]
+    notes = {"Train_GCC-training.tsv": 'a "big" dog\thttp://x/a\n"a cat\thttp://x/b\n',
+             "Validation_GCC-1.1.0-Validation.tsv": "gone\thttp://x/c\n"}
+    assert converted("cc3m", notes, [*names, "2_12"]) == {"train": [
+        {"video": names[0], "text": 'a "big" dog', "image": True},
+        {"video": names[1], "text": '"a cat', "image": True}]}
+
+
+def test_coco_has_several_captions_an_image(converted):
+    notes = {"captions_train2014.json": {
+        "images": [{"id": 9, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+        "annotations": [{"image_id": 9, "caption": "one"}, {"image_id": 9, "caption": " "},
+                        {"image_id": 8, "caption": "x"}, {"image_id": 9, "caption": "two"}]}}
+    assert converted("coco", notes, ["a.jpg", "c.jpg"]) == {"train": [
+        {"video": "a.jpg", "texts": ["one", "two"]}]}
+
+
+def test_coco_restval_of_karpathy_trains(converted):
+    notes = {"dataset_coco.json": {"images": [
+        {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "in test\n1"}]},
+        {"filename": "b.jpg", "split": "restval", "sentences": [{"raw": "in restval"}]},
+        {"filename": "c.jpg", "split": "val", "sentences": [{"raw": "gone"}]}]}}
+    assert converted("coco", notes, ["a.jpg", "b.jpg"]) == {
+        "train": [{"video": "b.jpg", "texts": ["in restval"]}],
+        "test": [{"video": "a.jpg", "texts": ["in test 1"]}]}
+
+
+# The numbers of MSR-VTT's videos on both sides of each border of its splits.
+MSRVTT_VIDEOS = ["video0", "video6512", "video6513", "video7009", "video7010", "video9999"]
+MSRVTT_CLIPS = [f"{video}.mp4" for video in [*MSRVTT_VIDEOS, "video10000"]]
+ONE_K_A = "key,vid_key,video_id,sentence\nret0,msr7010,video7010,\"a man, talking\"\n"
+
+
+def msrvtt_notes(*videos):
+    sentences = [{"sen_id": 0, "video_id": video, "caption": f"{video} {i}"}
+                 for i in "ab" for video in videos]
+    return {"info": {}, "videos": [], "sentences": sentences}
+
+
+def two_captions(*videos):
     return [{"video": f"{video}.mp4", "texts": [f"{video} a", f"{video} b"]} for video in videos]
 
 
-WEBVID = {"results_2M_train.csv": "videoid,contentUrl,duration,page_dir,name\n"
-          '7,https://x/7.mp4,PT10S,000001_000050,"A ""red"" car,\nparked"\n'
-          "8,https://x/8.mp4,PT10S,000001_000050,gone\n9,u,d,000001_000050,\n",
-          "../clips/000001_000050/9.mp4": ""}
-CAR = {"video": "000001_000050/7.mp4", "text": 'A "red" car, parked'}
-CRC32 = [f"{zlib.crc32(b'http://x/a')}", f"{zlib.crc32(b'http://x/b')}.jpg"]
-COCO = {"captions_train2014.json": {"images": [{"id": 9, "file_name": "a.jpg"}], "annotations": [
-    {"image_id": 9, "caption": text} for text in ("one", " ", "two")]}}
-KARPATHY = {"images": [{"filename": name, "split": split, "sentences": [{"raw": f"{split}\n1"}]}
-                       for name, split in (("a.jpg", "test"), ("b.jpg", "restval"))]}
-HOWTO = {"start": [0.41, 3.9, 6.0], "end": [3.91, 5, 8.5], "text": ["pic", "", "bowl"]}
-HOWTO_CSV = "start,end,text\n0.41,3.91,pic\n3.9,5.0,\n6.0,8.5,bowl\n"
-SPEECH = {"info": {"id": "WAaKRUoY6Io"}, "subtitles": [
-    {"word": word, "time": time} for time, word in ((12.4, "b"), (0, "a"), (12.5, "c"),
-                                                    (3, "&gt"), (4, "gt;"), (90, "late"))]}
-KINETICS, YOGA = "label,youtube_id,time_start,time_end", "-3B_000059_000069.mp4"
-WHO = {"question": "who?", "answer": "a", "answer_type": "what"}
-GIF, FIVE = {"video": "gifs/n_400.mp4"}, {"options": list("abcde")}
-SMALL = {"../clips/gifs/n_400.gif": ""}                                  # re-encoded: preferred
-DOES = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tkey\nn_400\tq, 4 ?\ta\tb\tc\td\te\t2\t5\n"
-HOW_MANY = "gif_name\tquestion\tanswer\ttype\tkey\tdescription\nn_400\tq ?\ttwo\t1\t5\ttwo dogs\n"
-MSVD = {"AllVideoDescriptions.txt": "# remark\n\nab_1_2 a man, who sings\nab_1_2 a singer\n"
-        "c_0_9 a dog\nd_0_1 a cow\nnone_0_1 a cat\n", "youtube_mapping.txt":
-        "c_0_9 vid1301\nd_0_1 vid1300\nab_1_2 vid1200\n"}
-SCENE = "BATTLE_LA_00.03.06.170-00.03.09.675"
-CUT = f'{SCENE}\t0\t1\t0\t1\t"Hi, SOMEONE'
-MOMENTS = [{"annotation_id": 1, "description": text, "video": video, "times": [[0, 0], [1, 4]]}
-           for video, text in (("1@N_2.mov", "a cat"), ("4@N.avi", "dog"), ("1@N_2.mov", "it\nr "))]
-DANCE = {"v_QOl": {"duration": 82.73, "timestamps": [[0.8, 19.9], [17.4, 60.8]],
-                   "sentences": ["A woman dances.", " She turns."]}}
-WHY = {"q": "Why ?", "a0": "v", "a1": "w", "a2": "x", "a3": "y", "a4": "z", "answer_idx": 3,
-       "vid_name": "met_s01_seg02_clip_00", "show_name": "HIMYM"}
-MET = {"video": "frames_hq/met_frames/met_s01_seg02_clip_00", "question": "Why ?", "fps": 3,
-       "options": list("vwxyz"), "answer": 3}
-PAN = """"['u-1', 300, ""#C C's pan""]","[['u-1', 1, 'cuts'], ['u-2', 2, ""#C C's pan""]]\""""
-MSRVTT = {"train_val_videodatainfo.json": sentences("video0", "video6513"),
-          "test_videodatainfo.json": sentences("video7010", "video9770"),
-          "MSRVTT_JSFUSION_test.csv": 'video_id,sentence\nvideo9770,"a man, talking"\n',
-          **{f"../clips/video{i}.mp4": "" for i in (0, 6513, 7010, 9770)}}
-TALKING = [{"video": "video9770.mp4", "texts": ["a man, talking"]}]
-TWO_VIDEOS = {"MSR_VTT.json": {"images": [{"id": "video0"}, {"id": "video6512"}], "annotations": [
-    {"image_id": f"video{i}", "caption": text} for i, text in ((0, "x"), (0, "z"), (6512, "y"))]}}
-MC = "\tkey\tvid_key\ta1\ta2\ta3\ta4\ta5\tanswer\n0\tmc0\tmsr7010\ta\tb\tc\td\te\t3\n"
-WHAT = [{"answer": answer, "id": 1, "question": "What is it?", "video_id": video} for answer, video
-        in (("zebra", 6513), ("man", 6513), ("dog", 6513), ("man", 6513), ("rare", 99))]
+MSRVTT = {"train_val_videodatainfo.json": msrvtt_notes(*MSRVTT_VIDEOS[:4]),
+          "test_videodatainfo.json": msrvtt_notes("video7010", "video9999", "video10000")}
+
+
+def test_msrvtt_full_splits_by_number(converted):                                       # Tab. 3a
+    assert converted("msrvtt_full", MSRVTT, MSRVTT_CLIPS) == {
+        "train": two_captions("video0", "video6512"),
+        "val": two_captions("video6513", "video7009"),
+        "test": two_captions("video7010", "video9999")}
+
+
+@pytest.mark.parametrize("name, training", [
+    ("msrvtt_9k", ["video9999", "video0", "video6512", "video6513", "video7009"]),
+    ("msrvtt_7k", ["video0", "video6512", "video6513", "video7009"])])
+def test_msrvtt_1k_a_trains_on_the_rest(name, training, converted):                     # Tab. 3a
+    notes = {**MSRVTT, "MSRVTT_JSFUSION_test.csv": ONE_K_A}
+    assert converted(name, notes, MSRVTT_CLIPS) == {
+        "train": two_captions(*training),
+        "test": [{"video": "video7010.mp4", "texts": ["a man, talking"]}]}
+
+
+def test_msrvtt_training_needs_its_test_list(converted):
+    with pytest.raises(DataError, match="MSRVTT_JSFUSION_test.csv is missing"):
+        converted("msrvtt_9k", MSRVTT, MSRVTT_CLIPS)
+
+
+def test_msr_vtt_json_has_the_form_of_coco(converted):
+    notes = {"MSR_VTT.json": {"images": [{"id": "video0"}], "annotations": [
+        {"image_id": "video0", "caption": "x"}, {"image_id": "video6513", "caption": "y"}]}}
+    assert converted("msrvtt_full", notes, MSRVTT_CLIPS) == {
+        "train": [{"video": "video0.mp4", "texts": ["x"]}],
+        "val": [{"video": "video6513.mp4", "texts": ["y"]}]}
+
+
+def test_msrvtt_mc_has_five_captions_a_row(converted):                                  # Tab. 4a
+    notes = {"MSR_MC_test.csv": "\tkey\tvid_key\ta1\ta2\ta3\ta4\ta5\tanswer\n"
+                                "0\tmc0\tmsr7010\ta\tb\tc\td\te\t3\n"}
+    assert converted("msrvtt_mc", notes, ["video7010.mp4", "msr7010.mp4"]) == {"test": [
+        {"video": "video7010.mp4", "options": ["a", "b", "c", "d", "e"], "answer": 3}]}
+
+
+def test_msrvtt_mc_of_clipbert(converted):
+    notes = {"msrvtt_mc_test.jsonl": json_lines(
+        {"qid": 0, "clip_name": "video7010", "options": ["a", "b", "c", "d", "e"], "answer": 1})}
+    assert converted("msrvtt_mc", notes, MSRVTT_CLIPS) == {"test": [
+        {"video": "video7010.mp4", "options": ["a", "b", "c", "d", "e"], "answer": 1}]}
+
+
+def test_msrvtt_mc_training_draws_only_wrong_options(converted):
+    captions = {"video0": ["a dog", "A  dog", "it runs"], "video1": ["a dog", "a cat", "x"],
+                "video2": ["a cat", "y", "z", "u", "v", "w"]}
+    notes = {"train_val_videodatainfo.json": {"sentences": [
+        {"video_id": video, "caption": text} for video, texts in captions.items()
+        for text in texts]}}
+    train = converted("msrvtt_mc", notes, MSRVTT_CLIPS)["train"]
+    assert [sample["options"][0] for sample in train] == ["a dog", "A dog", "it runs"]
+    for sample in train:
+        assert sample["video"] == "video0.mp4" and sample["answer"] == 0
+        assert len(sample["options"]) == len(set(sample["options"])) == 5
+        assert set(sample["options"][1:]) <= {"a cat", "x", "y", "z", "u", "v", "w"}
+
+
+MSRVTT_QUESTION = {"answer": "man", "category_id": 14, "id": 1, "question": "Who is it?",
+                   "video_id": 6513}
+MSVD_QUESTION = {"answer": "man", "id": 1, "question": "Who is it?", "video_id": 1}
+
+
+def test_msrvtt_qa_numbers_its_videos(converted):                                       # Tab. 2b
+    notes = {"train_qa.json": [MSRVTT_QUESTION, {**MSRVTT_QUESTION, "video_id": 1}]}
+    assert converted("msrvtt_qa", notes, ["video6513.mp4", "vid1.mp4"]) == {
+        "train": [{"video": "video6513.mp4", "question": "Who is it?", "answer": "man",
+                   "kind": "who"}],
+        "answers": ["man"]}
+
+
+def test_msrvtt_qa_of_clipbert(converted):
+    notes = {"msrvtt_qa_test.jsonl": json_lines(
+        {"answer": "man", "question": "who is it?", "video_id": "video0", "answer_type": "x"})}
+    assert converted("msrvtt_qa", notes, MSRVTT_CLIPS) == {"test": [
+        {"video": "video0.mp4", "question": "who is it?", "answer": "man", "kind": "who"}]}
+
+
+@pytest.mark.parametrize("mapping", ["youtube_mapping.txt", "youtube_video_to_id_mapping.txt"])
+@pytest.mark.parametrize("clip", ["-4wsuPCjDBc_5_15.avi", "vid1.avi"])
+def test_msvd_qa_clips_have_two_names(clip, mapping, converted):                        # Tab. 2c
+    notes = {"val_qa.json": [MSVD_QUESTION, {**MSVD_QUESTION, "video_id": 2}],
+             mapping: "-4wsuPCjDBc_5_15 vid1\n-7KMZQEsJW4_205_208 vid2\n"}
+    assert converted("msvd_qa", notes, [clip, "video1.avi", "1.avi"]) == {"val": [
+        {"video": clip, "question": "Who is it?", "answer": "man", "kind": "who"}]}
+
+
+@pytest.mark.parametrize("name, clip", [("msrvtt_qa", "video6513.mp4"), ("msvd_qa", "vid1.avi")])
+def test_questions_of_two_data_sets_stay_apart(name, clip, converted, capsys):
+    notes = {"MSVD-QA/test_qa.json": [MSVD_QUESTION], "MSRVTT-QA/test_qa.json": [MSRVTT_QUESTION]}
+    both = converted(name, notes, ["video6513.mp4", "video1.mp4", "vid1.avi", "vid6513.avi"])
+    assert [sample["video"] for sample in both["test"]] == [clip]
+    assert re.search("left out 1 .*/test_qa.json: columns answer", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name, published, size, row", [
+    ("msrvtt_qa", "train_qa.json", 1500, MSRVTT_QUESTION),
+    ("msvd_qa", "train_qa.json", 1000, MSVD_QUESTION),
+    ("tgif_frameqa", "frameqa_train.jsonl", 1540,
+     {"gif_name": "video6513", "question": "q", "answer_type": "object"})])
+def test_the_commonest_training_answers_are_classes(name, published, size, row, converted):
+    answers = ["rare", "common", "common", *map(str, range(1600)), "common"]        # Sec. 4.2.1
+    notes = {published: json_lines(*({**row, "answer": answer} for answer in answers))}
+    if published.endswith(".json"):
+        notes = {published: [{**row, "answer": answer} for answer in answers]}
+    listed = converted(name, notes, ["video6513.mp4", "vid1.avi"])["answers"]
+    assert listed == ["common", "rare", *map(str, range(size - 2))]          # ties: by appearance
+
+
+def test_msvd_splits_by_the_mappings_numbers(converted):
+    notes = {"AllVideoDescriptions.txt": "# a remark\n\nab_1_2 a man, who sings\nab_1_2 a singer\n"
+                                         "c_0_9 a dog\nd_0_1 a cow\ne_0_1 gone\nf_0_1 no number\n",
+             "youtube_mapping.txt": "ab_1_2 vid1200\nd_0_1 vid1201\nc_0_9 vid1301\ne_0_1 vid5\n"}
+    assert converted("msvd", notes, ["ab_1_2.avi", "vid1201.avi", "c_0_9.avi", "f_0_1.avi"]) == {
+        "train": [{"video": "ab_1_2.avi", "texts": ["a man, who sings", "a singer"]}],
+        "val": [{"video": "vid1201.avi", "texts": ["a cow"]}],
+        "test": [{"video": "c_0_9.avi", "texts": ["a dog"]}]}
+
+
+def test_msvd_without_a_mapping_asks_for_it(converted):
+    with pytest.raises(DataError, match="youtube_mapping.txt.*--annotations"):
+        converted("msvd", {"AllVideoDescriptions.txt": "ab_1_2 a man\n"}, ["ab_1_2.avi"])
+
+
+@pytest.mark.parametrize("name, file", [("tgif_action", "{}_action_question.csv"),      # Tab. 2a
+                                        ("tgif_transition", "{}_transition_question.csv")])
+def test_tgif_choices_have_five_options(name, file, converted):
+    header = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey\n"
+    notes = {file.format("Test"): f"{header}n_400\tWhat, 4 ?\ta\tb\tc\td\te\t2\tACTION4\t5\n",
+             file.format("Total"): f"{header}n_400\tin all\ta\tb\tc\td\te\t2\tACTION4\t5\n",
+             "Test_count_question.csv": "gif_name\tquestion\tanswer\nn_400\thow many ?\t2\n"}
+    assert converted(name, notes, ["gifs/n_400.gif", "gifs/n_4.gif"]) == {"test": [
+        {"video": "gifs/n_400.gif", "question": "What, 4 ?", "options": ["a", "b", "c", "d", "e"],
+         "answer": 2}]}
+
+
+def test_tgif_action_of_clipbert(converted):
+    notes = {"action_test.jsonl": json_lines(
+        {"gif_name": "n_400", "question": "What ?", "options": ["a", "b", "c", "d", "e"],
+         "answer": 4})}
+    assert converted("tgif_action", notes, ["gifs/n_400.gif"]) == {"test": [
+        {"video": "gifs/n_400.gif", "question": "What ?", "options": ["a", "b", "c", "d", "e"],
+         "answer": 4}]}
+
+
+def test_tgif_frameqa_names_its_four_types(converted):                                  # Tab. 2a
+    notes = {"Train_frameqa_question.csv":
+             "gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\n"
+             "n_1\tq ?\tcat\t0\tFRAMEQA1\t1\ta cat\n"
+             "n_1\tq ?\ttwo\t1\tFRAMEQA2\t2\ttwo dogs\n"
+             "n_1\tq ?\tred\t2\tFRAMEQA3\t3\ta red car\n"
+             "n_1\tq ?\troom\t3\tFRAMEQA4\t4\tin a room\n"}
+    train = converted("tgif_frameqa", notes, ["gifs/n_1.gif"])["train"]
+    assert train[0] == {"video": "gifs/n_1.gif", "question": "q ?", "answer": "cat",
+                        "kind": "object"}
+    assert [sample["kind"] for sample in train] == ["object", "number", "color", "location"]
+
+
+def test_tgif_frameqa_of_clipbert(converted):
+    notes = {"frameqa_test.jsonl": json_lines(
+        {"gif_name": "n_1", "question": "q ?", "answer": "cat", "answer_type": "object"})}
+    assert converted("tgif_frameqa", notes, ["gifs/n_1.gif"]) == {"test": [
+        {"video": "gifs/n_1.gif", "question": "q ?", "answer": "cat", "kind": "object"}]}
+
+
+def test_tvqa_reads_frames_of_a_window(converted):                                      # App. A
+    row = {"q": "Why ?", "a0": "v", "a1": "w", "a2": "x", "a3": "y", "a4": "z", "answer_idx": 3,
+           "vid_name": "met_s01_seg02_clip_00", "show_name": "HIMYM", "qid": 1}
+    notes = {"tvqa_val.jsonl": json_lines({**row, "ts": "7.5-20"}, {**row, "ts": "nan-nan"}),
+             "tvqa_test_public.jsonl": json_lines({**row, "ts": "1-2", "answer_idx": None})}
+    frames = ["met_frames/met_s01_seg02_clip_00/00001.jpg", "met_s01/00001.jpg"]
+    question = {"video": "met_frames/met_s01_seg02_clip_00", "fps": 3, "question": "Why ?",
+                "options": ["v", "w", "x", "y", "z"], "answer": 3}
+    assert converted("tvqa", notes, frames) == {"test": [
+        {**question, "start": 7.5, "end": 20}, question]}
+
+
+SCENE = "1010_TITANIC_00.03.06.170-00.03.09.675"
+LATER = "1010_TITANIC_00.03.06.170-00.03.09.680"
+
+
+def test_lsmdc_has_a_caption_a_line(converted):
+    notes = {"LSMDC16_challenge_1000_publictect.csv":
+             f'{SCENE}\t00.03.06.170\t00.03.09.675\t00.03.06\t00.03.09\t"Hi, SOMEONE\n'
+             f"{LATER}\t00.03.06.170\t00.03.09.680\t00.03.06\t00.03.09\tgone\n"}
+    clips = [f"1010_TITANIC/{SCENE}.avi", "1010_TITANIC/1010_TITANIC_00.03.06.170-00.03.09.avi"]
+    assert converted("lsmdc", notes, clips) == {"test": [
+        {"video": f"1010_TITANIC/{SCENE}.avi", "text": '"Hi, SOMEONE'}]}
+
+
+@pytest.mark.parametrize("file, split, end, answer", [                                  # Tab. 4b
+    ("LSMDC16_multiple_choice_train.csv", "train", "", 0),
+    ("LSMDC16_multiple_choice_valid.csv", "val", "", 0),
+    ("LSMDC16_multiple_choice_test_randomized.csv", "test", "\t5", 4)])
+def test_lsmdc_choices_count_from_one(file, split, end, answer, converted):
+    notes = {file: f"{SCENE}\t0\t1\t0\t1\t\"a\tb\tc\td\te{end}\n"}
+    assert converted("lsmdc_mc", notes, [f"{SCENE}.avi", f"{LATER}.avi"]) == {split: [
+        {"video": f"{SCENE}.avi", "options": ['"a', "b", "c", "d", "e"], "answer": answer}]}
+
+
+def test_didemo_joins_the_descriptions_of_videos(converted):                            # Tab. 3c
+    texts = [("1@N00_2_ab.mov", "a cat"), ("4@N00_5_cd.avi", "dog"), ("1@N00_2_ab.mov", "it\nr ")]
+    notes = {"test_data.json": [
+        {"annotation_id": 1, "description": text, "video": video, "times": [[0, 0], [1, 4]],
+         "num_segments": 6, "dl_link": ""} for video, text in texts]}
+    assert converted("didemo", notes, ["1@N00_2_ab.mov.mp4", "4@N00_5_cd.avi", "2_ab.mov"]) == {
+        "test": [{"video": "1@N00_2_ab.mov.mp4", "text": "a cat it r"},
+                 {"video": "4@N00_5_cd.avi", "text": "dog"}]}
+
+
+@pytest.mark.parametrize("video, clip", [
+    *[(f"1@N00_2_ab{ending}", f"1@N00_2_ab{ending}.mp4") for ending in
+      (".wmv", ".mts", ".m2ts", ".3g2", ".3gp", ".MOV", ".mpeg", ".")],
+    ("1@N00_2_ab.wmv", "1@N00_2_ab.mp4"), ("1@N00_2_ab.", "1@N00_2_ab"),
+    ("1@N00_2_ab.mp4", "1@N00_2_ab.M2TS"), ("1@N00_2_ab.mov", "1@N00_2_ab..mp4")])
+def test_endings_of_videos_do_not_matter(video, clip, converted):
+    notes = {"test_data.json": [{"description": "a cat", "video": video}]}
+    assert converted("didemo", notes, [clip, "1@N00_2_a.mp4"]) == {"test": [
+        {"video": clip, "text": "a cat"}]}
+
+
+def test_two_names_of_a_video_are_one_sample(converted):
+    notes = {"test_data.json": [{"description": "a cat", "video": "1@N00_2_ab.mov"},
+                                {"description": "a dog", "video": "1@N00_2_ab.mp4"},
+                                {"description": "it runs", "video": "1@N00_2_ab."}]}
+    assert converted("didemo", notes, ["1@N00_2_ab.mp4"]) == {"test": [
+        {"video": "1@N00_2_ab.mp4", "text": "a cat a dog it runs"}]}
+
+
+@pytest.mark.parametrize("clips", [["v_QOl.mp4"], ["QOl.mkv", "QOl.webp"], ["QOl/000.jpg"]])
+def test_activitynet_joins_the_sentences_of_videos(clips, converted):                   # Tab. 3b
+    notes = {"val_1.json": {"v_QOl": {
+                 "duration": 82.73, "timestamps": [[0.8, 19.9], [17.4, 60.8]],
+                 "sentences": ["A woman dances.", "  She turns."]}},
+             "val_2.json": {"v_QOl": {"timestamps": [[0, 1]], "sentences": ["Of val 2."]}}}
+    video = clips[0].removesuffix("/000.jpg")
+    assert converted("activitynet", notes, [*clips, "v_Q.mp4"]) == {"test": [
+        {"video": video, "text": "A woman dances. She turns."}]}
+
+
+def test_activitynet_of_clipbert(converted):
+    notes = {"train.jsonl": json_lines({"clip_name": "v_QOl", "caption": "One. Two."})}
+    assert converted("activitynet", notes, ["QOl.mp4"]) == {"train": [
+        {"video": "QOl.mp4", "text": "One. Two."}]}
+
+
 VCR_ROW = {"img_fn": "lsmdc_a/x@0.jpg", "objects": ["person", "person", "bottle", "dog", "cup"],
            "question": ["Why", "near", [1], "?"], "answer_label": 1, "rationale_label": 0,
            "answer_choices": [["He", "is"], [[3], "ran"], [[2], "ran"], ["no"]],
            "rationale_choices": [[[1, 4], "run"], ["a"], ["b"], ["c"]]}
-VCR = {"val.jsonl": jsonl({**VCR_ROW, "img_fn": "gone.jpg"}, VCR_ROW), "../clips/lsmdc_a/x@0.json":
-       {"boxes": [[9 * i, 1, 9 * i + 5, 6, 0.99] for i in range(5)]}}
-BOXES = [[0, 9, 1, 14, 6], [1, 27, 1, 32, 6], [2, 18, 1, 23, 6], [3, 36, 1, 41, 6]]
+VCR = {"val.jsonl": json_lines({**VCR_ROW, "img_fn": "gone.jpg"}, VCR_ROW),
+       "../clips/lsmdc_a/x@0.json":
+           {"boxes": [[9 * i, 1, 9 * i + 5, 6, 0.99] for i in range(5)]}}
 
 
-@pytest.mark.parametrize("name, notes, expected", [
-    ("webvid", WEBVID, {"train": [CAR]}),
-    ("cc3m", {"Train_GCC-training.tsv": 'a "big" dog\thttp://x/a\n',
-              "Validation_GCC-1.1.0-Validation.tsv": '"a cat\thttp://x/b\n'}, {
-        "train": [{"video": CRC32[0], "text": 'a "big" dog', "image": True}],
-        "val": [{"video": CRC32[1], "text": '"a cat', "image": True}]}),
-    *[("howto100m", notes, {"train": [{"video": "food/-tCQ4tCQdWE.webm", "captions": [
-        [0.41, 3.91, "pic"], [6.0, 8.5, "bowl"]]}]})
-      for notes in ({"caption.json": {"-tCQ4tCQdWE": HOWTO}}, {"-tCQ4tCQdWE.csv": HOWTO_CSV})],
-    *[("yttemporal", notes, {"train": [{"video": "s/data/WAaKRUoY6Io.mp4", "captions": [
-        [0, 12.5, "a b"], [12.5, 25, "c"], [90, 102.5, "late"]]}]})
-      for notes in ({"WAaKRUoY6Io.grover.json": SPEECH},
-                    {"yttemporal180m_000of100.jsonl.gz": gzip.compress(jsonl(SPEECH).encode())})],
-    ("coco", COCO, {"train": [{"video": "a.jpg", "texts": ["one", "two"]}]}),
-    ("coco", {**COCO, "dataset_coco.json": KARPATHY},
-     {"train": [{"video": "b.jpg", "texts": ["restval 1"]}],
-      "test": [{"video": "a.jpg", "texts": ["test 1"]}]}),
-    *[(f"msrvtt_{protocol}", MSRVTT, expected) for protocol, expected in (               # Tab. 3a
-        ("9k", {"train": texts("video7010", "video0", "video6513"), "test": TALKING}),
-        ("7k", {"train": texts("video0", "video6513"), "test": TALKING}),
-        ("full", {"train": texts("video0"), "val": texts("video6513"),
-                  "test": texts("video7010", "video9770")}))],
-    ("msrvtt_mc", {"MSR_MC_test.csv": MC, **TWO_VIDEOS},                                 # Tab. 4a
-     {"test": [{"video": "video7010.mp4", **FIVE, "answer": 3}],
-      "train": [{"video": "video0.mp4", "options": [text, "y"], "answer": 0} for text in "xz"]}),
-    ("msrvtt_mc", {"msrvtt_mc_test.jsonl": jsonl({"clip_name": "n_400", **FIVE, "answer": 1})},
-     {"test": [{**GIF, **FIVE, "answer": 1}]}),
-    *[(name, {"train_qa.json": WHAT, "youtube_mapping.txt": "-4_5_15 vid6513\n"}, {
-        "train": [{"video": clip, "question": "What is it?", "answer": answer, "kind": "what"}
-                  for answer in ("zebra", "man", "dog", "man")],         # one clip is gone
-        "answers": [["man", "zebra", "dog", "rare"]]})                   # ties: the first to appear
-      for name, clip in (("msrvtt_qa", "video6513.mp4"),                             # Tab. 2b, 2c
-                         ("msvd_qa", "vid6513.avi"), ("msvd_qa", "-4_5_15.avi"))],
-    ("msrvtt_qa", {"msrvtt_qa_test.jsonl": jsonl({"video_id": "video0", **WHO})},
-     {"test": [{"video": "video0.mp4", "question": "who?", "answer": "a", "kind": "who?"}]}),
-    ("msvd", MSVD, {"train": [{"video": "ab_1_2.avi", "texts": ["a man, who sings", "a singer"]}],
-                    "val": [{"video": "vid1300.avi", "texts": ["a cow"]}],      # by either name
-                    "test": [{"video": "c_0_9.avi", "texts": ["a dog"]}]}),
-    ("tgif_action", {"Train_action_question.csv": DOES, "Total_action_question.csv": DOES, **SMALL},
-     {"train": [{**GIF, "question": "q, 4 ?", **FIVE, "answer": 2}]}),                   # Tab. 2a
-    ("tgif_frameqa", {"Train_frameqa_question.csv": HOW_MANY,
-                      "frameqa_test.jsonl": jsonl({"gif_name": "n_400", **WHO})},
-     {"train": [{**GIF, "question": "q ?", "answer": "two", "kind": "number"}], "answers": [
-         ["two"]], "test": [{**GIF, "question": "who?", "answer": "a", "kind": "what"}]}),
-    ("tvqa", {"tvqa_val.jsonl": jsonl({**WHY, "ts": "7.5-20"}, {**WHY, "ts": "nan-nan"}),
-              "tvqa_test_public.jsonl": jsonl({**WHY, "answer_idx": None})},
-     {"test": [{**MET, "start": 7.5, "end": 20}, MET]}),                                 # App. A
-    ("lsmdc", {"LSMDC16_challenge_1000_publictect.csv": f"{CUT}\n"},
-     {"test": [{"video": f"BATTLE_LA/{SCENE}.avi", "text": '"Hi, SOMEONE'}]}),
-    ("lsmdc_mc", {f"LSMDC16_multiple_choice_{split}.csv": f"{CUT}\tb\tc\td\te{end}\n"
-                  for split, end in (("train", ""), ("valid", ""), ("test_randomized", "\t5"))},
-     {split: [{"video": f"{SCENE}.avi", "options": ['"Hi, SOMEONE', *"bcde"], "answer": answer}]
-      for split, answer in (("train", 0), ("val", 0), ("test", 4))}),                    # Tab. 4b
-    ("didemo", {"test_data.json": MOMENTS}, {"test": [                                   # Tab. 3c
-        {"video": "1@N_2.mov.mp4", "text": "a cat it r"}, {"video": "4@N.avi", "text": "dog"}]}),
-    ("activitynet", {"train.jsonl": jsonl({"clip_name": "n_400", "caption": "One. Two."}),
-                     "val_1.json": DANCE, "val_2.json": DANCE},                          # Tab. 3b
-     {"train": [{**GIF, "text": "One. Two."}],
-      "test": [{"video": "QOl", "text": "A woman dances. She turns."}]}),
-    *[(name, VCR, {"test": [{"video": VCR_ROW["img_fn"], **sample}]}) for name, sample in (
-        ("vcr_qa", {"question": "Why near person 0 ?", "answer": 1, "kind": "Q→A", "boxes":
-                    BOXES[:3], "options": ["He is", "dog 1 ran", "bottle 2 ran", "no"]}),
-        ("vcr_qar", {"question": "Why near person 0 ? dog 1 ran", "answer": 0, "kind": "QA→R",
-                     "boxes": [BOXES[0], BOXES[1], BOXES[3]],   # of whom its own words tell
-                     "options": ["person 0 cup 3 run", *"abc"]}))],               # Tab. 5, Fig. 5
-    ("kinetics400", {"train.csv": f'{KINETICS},split\n"arm wrestling",-3B,59,69,train\n',
-                     "validate.csv": f"{KINETICS}\nyoga,-3B,59,69\n"}, {               # Tab. 12
-        "train": [{"video": YOGA, "answer": "arm wrestling"}], "answers": [["arm wrestling"]],
-        "test": [{"video": YOGA, "answer": "yoga"}]}),
-    ("hmdb51", {"brush_hair_test_split1.txt": "a#1.avi 1 \nb.avi 2 \nc.avi 0 \n",
-                "brush_hair_test_split2.txt": "b.avi 1 \n", "run_test_split1.txt": "b.avi 2\n"},
-     {"train": [{"video": "brush_hair/a#1.avi", "answer": "brush hair"}], "answers": [[
-         "brush hair"]], "test": [{"video": "brush_hair/b.avi", "answer": "brush hair"},
-                                  {"video": "run/b.avi", "answer": "run"}]}),
-    ("ego4d_mc", {"mc_val.csv": f"question,answers\n{PAN}\n"}, {"test": [                # Tab. 13
-        {"video": "u-1.mp4", "start": 8, "end": 12, "options": ["cuts", "#C C's pan"],
-         "answer": 1}]})])
-def test_published_files_become_manifests(release, name, notes, expected):
-    """Of the clips, those that are expected are on disk, a folder's as its first frame."""
-    videos = {sample["video"] for split, samples in expected.items() if split != "answers"
-              for sample in samples}
-    clips = [video if "." in video else f"{video}/000.jpg" for video in videos]
-    assert release(name, notes, clips) == expected
+# Numbers by mention: person 1 is 0, dog 3 is 1, bottle 2 is 2, cup 4 is 3.
+@pytest.mark.parametrize("name, expected", [                                     # Tab. 5, Fig. 5
+    ("vcr_qa", {"question": "Why near person 0 ?", "answer": 1, "kind": "Q→A",
+                "options": ["He is", "dog 1 ran", "bottle 2 ran", "no"],
+                "boxes": [[0, 9, 1, 14, 6], [1, 27, 1, 32, 6], [2, 18, 1, 23, 6]]}),
+    ("vcr_qar", {"question": "Why near person 0 ? dog 1 ran", "answer": 0, "kind": "QA→R",
+                 "options": ["person 0 cup 3 run", "a", "b", "c"],
+                 "boxes": [[0, 9, 1, 14, 6], [1, 27, 1, 32, 6], [3, 36, 1, 41, 6]]})])
+def test_vcr_numbers_objects_by_mention(name, expected, converted):
+    assert converted(name, VCR, ["lsmdc_a/x@0.jpg", "lsmdc_b/x@0.jpg"]) == {"test": [
+        {"video": "lsmdc_a/x@0.jpg", **expected}]}
 
 
-def test_what_a_download_lacks_is_counted_and_named(release, capsys):
-    release("webvid", WEBVID, [CAR["video"]])
-    assert re.search(r"train: 1 samples of 1 clips not under .*clips, such as 000001_000050/8\n"
-                     r"train: 1 samples of 1 clips without text", capsys.readouterr().out)
-    many = [{**WHAT[0], "answer": f"{i % 1600}"} for i in range(3000)]           # Sec. 4.2.1
-    answers = release("msrvtt_qa", {"train_qa.json": many}, ["video6513.mp4"])["answers"]
-    assert answers == [[f"{i}" for i in range(1500)]]
+@pytest.mark.parametrize("clip", ["-3B_000059_000069.mp4", "arm wrestling/-3B.mp4",
+                                  "arm_wrestling/-3B.mp4",
+                                  "arm wrestling/-3B_000059_000069.mkv"])
+def test_kinetics_has_a_label_a_clip(clip, converted):                                  # Tab. 12
+    notes = {"train.csv": "label,youtube_id,time_start,time_end,split\n"
+                          '"arm wrestling",-3B,59,69,train\n',
+             "validate.csv": "label,youtube_id,time_start,time_end,split\nyoga,-4C,1,11,val\n",
+             "other/val.csv": "video_id,sentence\n-3B,a caption of another data set\n"}
+    assert converted("kinetics400", notes, [clip, "-3B_000060_000070.mp4"]) == {
+        "train": [{"video": clip, "answer": "arm wrestling"}], "answers": ["arm wrestling"]}
 
 
-def test_a_caption_file_larger_than_memory_is_read_in_pieces(tmp_path):
+def test_hmdb51_reads_split_one(converted):                                             # Tab. 12
+    notes = {"walk_test_split1.txt": "a_walk_0.avi 1 \n#20_walk_1.avi 1 \n#20_walk_2.avi 2 \n"
+                                     "c_walk_3.avi 0 \n",
+             "brush_hair_test_split1.txt": "b.avi 2 \n",
+             "brush_hair_test_split2.txt": "b.avi 1 \n"}
+    clips = ["walk/a_walk_0.avi", "walk/#20_walk_1.avi", "walk/#20_walk_2.avi", "walk/b.avi",
+             "walk/c_walk_3.avi", "brush_hair/b.avi"]
+    assert converted("hmdb51", notes, clips) == {
+        "train": [{"video": "walk/a_walk_0.avi", "answer": "walk"},
+                  {"video": "walk/#20_walk_1.avi", "answer": "walk"}],
+        "test": [{"video": "brush_hair/b.avi", "answer": "brush hair"},
+                 {"video": "walk/#20_walk_2.avi", "answer": "walk"}],
+        "answers": ["walk"]}
+
+
+def test_ego4d_choices_are_four_seconds(converted):                                     # Tab. 13
+    notes = {"mc_val.csv": '''question,answers
+"['u-1', 300, ""#C C's pan""]","[['u-1', 1, 'cuts'], ['u-2', 2, ""#C C's pan""]]"
+"['u-2', 30, 'cuts']","[['u-1', 1, 'cuts'], ['u-2', 2, 'pan']]"
+'''}
+    assert converted("ego4d_mc", notes, ["u-1.mp4", "u-2.mp4", "u.mp4"]) == {"test": [
+        {"video": "u-1.mp4", "start": 8, "end": 12, "options": ["cuts", "#C C's pan"], "answer": 1},
+        {"video": "u-2.mp4", "start": 0, "end": 3, "options": ["cuts", "pan"], "answer": 0}]}
+
+
+ANET = {"val_1.json": {"v_QOl": {"timestamps": [[0, 1]], "sentences": ["A dog."]}}}
+
+
+@pytest.mark.parametrize("clips, taken", [
+    (["QOl.mp4", "QOl.webp"], "QOl.mp4"), (["QOl.jpg", "QOl.webm"], "QOl.webm"),
+    (["QOl.mkv", "QOl.png"], "QOl.mkv"), (["a/QOl.jpg", "b/QOl.mp4"], "b/QOl.mp4"),
+    (["QOl/1.jpg", "QOl.mp4"], "QOl.mp4"), (["QOl/1.jpg", "QOl.jpg"], "QOl"),
+    (["QOl/notes.txt", "QOl.jpg"], "QOl.jpg"), (["QOl.gif", "QOl.mp4"], "QOl.mp4"),
+    (["QOl.mp4.part", "QOl.f137.mp4", "QOl.info.json", "QOl.webm"], "QOl.webm")])
+def test_films_go_before_folders_before_pictures(clips, taken, converted, capsys):
+    assert converted("activitynet", ANET, clips)["test"][0]["video"] == taken
+    assert "more than once" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("clips", [["QOl.mkv", "QOl.mp4"], ["a/QOl.mp4", "b/QOl.mp4"]])
+def test_two_films_of_a_name_are_reported(clips, converted, capsys):
+    assert converted("activitynet", ANET, clips)["test"][0]["video"] == clips[0]
+    assert re.search(f"1 clips are there more than once.*{clips[0]} and .*{clips[1]}",
+                     capsys.readouterr().out)
+
+
+def test_links_to_a_film_are_no_duplicates(converted, tmp_path, capsys):
+    write_source_files(tmp_path, {"clips/a/QOl.mp4": ""})
+    (tmp_path / "clips" / "all").symlink_to("a")
+    assert converted("activitynet", ANET, [])["test"]
+    assert "more than once" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("copies, annotations", [
+    (["a/val_1.json", "b/val_1.json"], [""]), (["val_1.json", "b/val_1_old.json"], [""]),
+    (["a/val_1.json"], ["a", "b/../a", "a/val_1.json"])])
+def test_copies_of_an_annotation_file_count_once(copies, annotations, converted, tmp_path):
+    (tmp_path / "notes" / "b").mkdir(parents=True)
+    notes = dict.fromkeys(copies, ANET["val_1.json"])
+    assert len(converted("activitynet", notes, ["QOl.mp4"], annotations)["test"]) == 1
+
+
+def test_shards_with_copies_count_once(converted):
+    notes = {"a/train_val_videodatainfo.json": msrvtt_notes("video0"),
+             "b/train_val_videodatainfo.json": msrvtt_notes("video0"),
+             "b/test_videodatainfo.json": msrvtt_notes("video9999")}
+    assert converted("msrvtt_full", notes, MSRVTT_CLIPS) == {
+        "train": two_captions("video0"), "test": two_captions("video9999")}
+
+
+@pytest.mark.parametrize("name, notes", [
+    ("activitynet", {"a/val_1.json": ANET["val_1.json"],
+                     "b/val_1.json": {"v_QOl": {"timestamps": [], "sentences": ["B."]}}}),
+    ("msrvtt_full", {"a/test_videodatainfo.json": msrvtt_notes("video9998"),
+                     "b/test_videodatainfo.json": msrvtt_notes("video9999")}),
+    ("hmdb51", {"a/run_test_split1.txt": "a.avi 1\n", "b/run_test_split1.txt": "a.avi 2\n"})])
+def test_different_files_of_a_split_are_refused(name, notes, converted):
+    with pytest.raises(DataError, match=" and .*".join(notes)):
+        converted(name, notes, ["QOl.mp4", "a.avi", "video9999.mp4"])
+
+
+def test_missing_splits_and_clips_are_reported(converted, capsys):
+    notes = {"results_2M_train.csv": "videoid,page_dir,name\n7,p,a car\n8,p,gone\n9,p,\n"}
+    converted("webvid", notes, ["7.mp4", "9.mp4"])
+    printed = capsys.readouterr().out
+    assert "train: 1 samples of 1 clips written, such as p/7\n" in printed
+    assert re.search("train: 1 samples of 1 clips not under .*, such as p/8\n", printed)
+    assert "train: 1 samples of 1 clips without text, such as p/9\n" in printed
+    assert "val: no annotation file is named results_*_val.csv\n" in printed
+
+
+def test_manifests_of_an_earlier_conversion_step_aside(converted, tmp_path, capsys):
+    earlier = {"train.jsonl": "old", "answers.json": "old", "mine.txt": "x"}
+    write_source_files(tmp_path / "out", earlier)
+    converted("activitynet", ANET, ["QOl.mp4"])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["answers.json.old", "mine.txt", "test.jsonl", "train.jsonl.old"]
+    assert "train.jsonl was there before and is now train.jsonl.old" in capsys.readouterr().out
+
+
+KINETICS_ROWS = "label,youtube_id,time_start,time_end\nyoga,-3B,59,69\n"
+
+
+@pytest.mark.parametrize("name, file, content", [
+    ("msrvtt_9k", "ret.csv", ONE_K_A), ("msrvtt_9k", "ret.txt", ONE_K_A.replace(",", "\t")),
+    ("kinetics400", "my_val_list.csv", KINETICS_ROWS),
+    ("tgif_action", "Test_action.tsv", "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\n"
+                                       "-3B\tq\ta\tb\tc\td\te\t2\n"),
+    ("msrvtt_qa", "my_test.json", [{**MSRVTT_QUESTION, "video_id": 7010}])])
+def test_a_renamed_file_is_known_by_content(name, file, content, converted):
+    clips = ["video7010.mp4", "-3B.mp4"]
+    assert len(converted(name, {file: content}, clips, [file])["test"]) == 1
+    with pytest.raises(DataError, match="nothing to write"):
+        converted(name, {file: content}, clips, [""])                     # a folder: by name
+
+
+@pytest.mark.parametrize("name, file", [
+    ("tgif_action", "Test_transition_question.csv"), ("tgif_action", "mine.csv"),
+    ("tgif_action", "train_and_test.csv")])
+def test_a_doubtful_file_is_not_taken(name, file, converted):
+    notes = {file: "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\n-3B\tq\ta\tb\tc\td\te\t2\n"}
+    with pytest.raises(DataError, match="nothing to write.*SPLIT_action_"):
+        converted(name, notes, ["-3B.gif"], [file])
+
+
+@pytest.mark.parametrize("content", [
+    ONE_K_A.replace("a man, talking", "a café").encode(encoding)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252")] + [
+    "key;vid_key;video_id;sentence\r\nret0;msr7010;video7010;a café\r\n".encode("utf-8-sig"),
+    "key\tvid_key\tvideo_id\tsentence\r\nret0\tmsr7010\tvideo7010\ta café\r\n".encode("utf-16")])
+def test_tables_are_read_as_programs_save_them(content, converted):
+    notes = {"MSRVTT_JSFUSION_test.csv": content}
+    assert converted("msrvtt_9k", notes, MSRVTT_CLIPS) == {"test": [
+        {"video": "video7010.mp4", "texts": ["a café"]}]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name, file, content, clip", [
+    ("howto100m", "caption.json", {"QOl": {"start": [0], "end": [1], "text": ["é"]}}, "QOl.mp4"),
+    ("activitynet", "train.jsonl", {"clip_name": "v_QOl", "caption": "é"}, "QOl.mp4"),
+    ("hmdb51", "run_test_split1.txt", "QOl.avi 1\n", "QOl.avi")])
+def test_marked_encodings_are_read(name, file, content, clip, encoding, converted):
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    assert converted(name, {file: text.encode(encoding)}, [clip])["train"][0]["video"] == clip
+
+
+def test_huge_caption_files_are_read_in_pieces(tmp_path):
     captions = {f"id{i}": {"start": [i], "text": ['a {"b": 1}, \\ é']} for i in range(50)}
     path = tmp_path / "caption.json"
     path.write_text(json.dumps(captions, indent=1))
     for chunk in 1, 7, 1 << 20:
-        assert dict(entries(path, chunk)) == captions
+        assert dict(data.read_items(str(path), chunk)) == captions
 
 
-@pytest.mark.parametrize("name, notes, message", [
-    ("imagenet", {}, "imagenet.*webvid, howto100m"),
-    ("didemo", {"readme.txt": ""}, "no annotation file is named so; expected SPLIT_data.json"),
-    ("didemo", {"test_data.json": "[{"}, "test_data.json: not as published.*Expecting.*SPLIT_"),
-    ("didemo", {"val_data.json": [{"video": "a.mp4", "description": ""}]}, "such as a.mp4"),
-    ("howto100m", {"caption.json": json.dumps({"a": HOWTO})[:-1]}, "caption.json.*its end"),
-    ("vcr_qa", {"../out/train.jsonl": ""}, "lie in --out"),
-    ("webvid", {"results_2M_train.csv": "id,name\n1,x\n"}, "2M_train.csv.*columns id, name"),
-    ("msrvtt_9k", {"MSRVTT_data.json": sentences()}, "expected MSRVTT_JSFUSION_test.csv")])
-def test_what_is_wrong_is_said_in_one_line(release, name, notes, message, tmp_path):
+@pytest.mark.parametrize("name, notes, annotations, message", [
+    ("imagenet", {}, [""], "no data set 'imagenet'.*webvid, howto100m"),
+    ("didemo", {"readme.txt": ""}, [""], "test: no annotation file is named test_data.json"),
+    ("didemo", {}, ["gone.json"], "gone.json: no such file or folder"),
+    ("didemo", {"annotations.zip": "PK"}, [""], "annotations.zip; unpack"),
+    ("didemo", {"data.tar.gz": "x"}, ["data.tar.gz"], "data.tar.gz; unpack"),
+    ("didemo", {"test_data.json": "[{"}, [""], "test_data.json: not as published.*Expecting"),
+    ("didemo", {"test_data.json": [{"video": "x.mp4", "description": ""}]}, [""],
+     "without text, such as x"),
+    ("howto100m", {"caption.json": '{"a": {"start": [0], "end": [1], "text": ["b"]}'}, [""],
+     "caption.json.*its end is missing: download it again"),
+    ("vcr_qa", {"../out/train.jsonl": ""}, ["../out"], "lie in --out"),
+    ("webvid", {"results_2M_train.csv": "id,name\n1,x\n"}, [""], "2M_train.csv: columns id, name"),
+    ("msrvtt_qa", {"test_qa.json": [MSVD_QUESTION]}, [""], "test_qa.json: columns answer, id"),
+    ("msrvtt_9k", {"x.txt": ""}, [""], "expected MSRVTT_JSFUSION_test.csv or")])
+def test_what_is_wrong_is_said(name, notes, annotations, message, converted, tmp_path):
     with pytest.raises(DataError, match=message) as error:
-        release(name, notes, ["x.mp4"])
+        converted(name, notes, ["x.mp4", "video1.mp4"], annotations)
     assert "\n" not in str(error.value)
-    assert not {path.name for path in tmp_path.glob("out/*")} - {"train.jsonl"}    # none half
+    assert not {path.name for path in tmp_path.glob("out/*")} - {"train.jsonl"}
+
+
+@pytest.mark.parametrize("videos, message", [
+    ("gone", "--videos .*gone: no such folder"), ("a.zip", "a.zip: no such folder; unpack it")])
+def test_the_folder_of_clips_must_exist(videos, message, tmp_path):
+    write_source_files(tmp_path, {"notes/val_1.json": ANET["val_1.json"], "a.zip": "PK"})
+    with pytest.raises(DataError, match=message):
+        convert("activitynet", [tmp_path / "notes"], tmp_path / videos, tmp_path / "out")
 
 
 # ---- Training (Sec. 4.1.2) ----------------------------------------------------------------------
