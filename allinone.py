@@ -82,31 +82,31 @@ class Config:
     ValueError if a field has a value that it cannot have.
     """
 
-    frames: int = 3                  # S (Sec. 4.1.1); Fig. 9 tries 1 to 16
-    image_size: int = 224            # H = W in pixels (Sec. 4.1.1); Tab. 2a also 384
-    width: int = 768                 # D (Tab. 1)
-    depth: int = 12                  # L (Tab. 1)
-    heads: int = 12                  # attention heads (Tab. 1)
-    patch_size: int = 16             # P in pixels (Sec. 4.1.1)
-    vocab_size: int = 30522          # |V| of bert-base-uncased (Sec. 4.1.1)
-    max_text_len: int = 40           # largest m; release (80 for DiDeMo's paragraphs)
+    frames: int = 3                  # S, how many frames of a clip are read (Sec. 4.1.1, Fig. 9)
+    image_size: int = 224            # height and width of a frame in pixels (Sec. 4.1.1, Tab. 2a)
+    width: int = 768                 # D, the length of a token's vector (Tab. 1)
+    depth: int = 12                  # L, how many blocks there are (Tab. 1)
+    heads: int = 12                  # how many attention heads a block has (Tab. 1)
+    patch_size: int = 16             # P, the side of a patch in pixels (Sec. 4.1.1)
+    vocab_size: int = 30522          # |V|, the tokens of bert-base-uncased (Sec. 4.1.1)
+    max_text_len: int = 40           # the largest m, longer texts are cut (release; DiDeMo 80)
     temporal: Temporal = "token_rolling"  # how frames exchange information (Tab. 8a, Tab. 9)
-    roll: Literal["paper", "release"] = "paper"  # the two readings of Sec. 3.2, see token_rolling
-    roll_ratio: float = 0.25         # share of a frame's patches that roll (Tab. 8b)
+    roll: Literal["paper", "release"] = "paper"  # one block forward (Sec. 3.2), or half of it back
+    roll_ratio: float = 0.25         # the share of a frame's patches that roll (Tab. 8b)
     roll_start: int = 1              # the first block that rolls, counted from 1 (Tab. 11a)
-    roll_select: Select = "block"    # which patches roll (Tab. 11b)
-    roll_unimodal: bool = True       # Eq. 2 rolls in every pass, the release only in joint ones
-    spatial_position: bool = True    # position of a patch in its frame (Tab. 10, SPE)
-    temporal_position: bool = True   # position of a frame in its clip (Tab. 10, SPE)
-    modality_type: bool = True       # t^type and v^type of Eq. 1 (Tab. 10, MTE)
-    patch_order: Literal["raster", "random"] = "raster"  # release: each frame shuffled, each pass
-    distilled: bool = False          # DeiT's distillation token beside the video cls (release: S)
-    vtc_dim: int = 512               # E, width of the shared space of VTC; release
-    answers: int = 0                 # classes of the answer head (Sec. 4.2.1, Tab. 12); 0: no head
-    answer_head: Literal["paper", "release", "linear"] = "paper"  # linear: of the probe (Tab. 12)
-    dropout: float = 0.1             # release
-    drop_path: float = 0.1           # of the last block, rising linearly from 0; release
-    init_std: float = 0.02           # of random weights, as in ViT, BERT and the release
+    roll_select: Select = "block"    # which of a frame's patches roll (Tab. 11b)
+    roll_unimodal: bool = True       # rolls in passes of video alone too (Eq. 2; release: never)
+    spatial_position: bool = True    # adds the position of a patch in its frame (Tab. 10, SPE)
+    temporal_position: bool = True   # adds the position of a frame in its clip (Tab. 10, SPE)
+    modality_type: bool = True       # adds t^type to text and v^type to video (Tab. 10, MTE)
+    patch_order: Literal["raster", "random"] = "raster"  # random shuffles each frame (release)
+    distilled: bool = False          # has DeiT's distillation token beside cls (release: S)
+    vtc_dim: int = 512               # E, the width of the shared space of VTC (release)
+    answers: int = 0                 # how many classes the answer head has; 0: no such head
+    answer_head: Literal["paper", "release", "linear"] = "paper"  # the kind of head for answers
+    dropout: float = 0.1             # the share of values that dropout sets to zero (release)
+    drop_path: float = 0.1           # how often the last block is skipped in training (release)
+    init_std: float = 0.02           # the standard deviation of random weights (ViT, BERT)
 
     def __post_init__(self):
         for field, hint in get_type_hints(Config).items():
