@@ -1257,9 +1257,10 @@ class Tokenizer:
             if text is not None:
                 words = WordPieces.from_str(text)
             elif path.suffix == ".json":
-                words = WordPieces.from_file(str(path))
+                words = WordPieces.from_str(path.read_text("utf-8-sig"))
             elif path.is_file() or path.suffix == ".txt":   # a file's name is never fetched
-                words = BertWordPieceTokenizer.from_file(str(path))
+                tokens = path.read_text("utf-8-sig").rstrip().split("\n")
+                words = BertWordPieceTokenizer({token.rstrip(): i for i, token in enumerate(tokens)})
             else:
                 words = WordPieces.from_pretrained(str(name))
             # A vocabulary without its token for unknown words fails when it meets one.
@@ -1725,7 +1726,14 @@ class Readers:
         self.context.set_forkserver_preload(["av", "tokenizers", "torchvision.transforms.v2"])
 
     def start(self) -> tuple:
-        """A new reading process, and our end of the pipe to it."""
+        """A new reading process, and our end of the pipe to it.
+
+        The process begins by importing the script that was started. RuntimeError if that fails.
+        """
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # This is a reading process, and its import of the script has led here: without an end
+            # each process would start others. The process that started it says what is wrong.
+            sys.exit(1)
         pipe, far_end = self.context.Pipe()
         process = self.context.Process(
             target=serve, args=(self.function, far_end, self.timeout), daemon=True)
@@ -1733,6 +1741,16 @@ class Readers:
             process.start()
         self.processes.append(process)
         far_end.close()
+        try:
+            pipe.recv()                             # that it is ready, see serve
+        except (EOFError, ConnectionError):
+            with self.lock:
+                process.join()
+            if process.exitcode == 1:               # an exception, no signal
+                raise RuntimeError(
+                    "no reading process can start, since each of them imports your script and that "
+                    "fails; put what the script does under `if __name__ == \"__main__\":`, or "
+                    "read with workers=0") from None
         return process, pipe
 
     def __call__(self, task):
@@ -1789,6 +1807,7 @@ def serve(function: Callable, pipe: Connection, timeout: float) -> None:
     """
     torch.set_num_threads(1)                        # the processes are the parallelism
     with suppress(EOFError, ConnectionError):       # the trainer is gone, however it ended
+        pipe.send("ready")
         while True:
             task = pipe.recv()
             signal.setitimer(signal.ITIMER_REAL, timeout)

@@ -2087,7 +2087,10 @@ def test_a_vocabulary_keeps_the_most_frequent_words():
 def vocabulary_files(tmp_path) -> Path:
     tokenizer = Tokenizer.train(WORDS, 200)
     tokens = tokenizer.words.get_vocab()
-    (tmp_path / "vocab.txt").write_text("\n".join(sorted(tokens, key=tokens.get)))
+    lines = "\n".join(sorted(tokens, key=tokens.get)) + "\n"
+    (tmp_path / "vocab.txt").write_text(lines)
+    (tmp_path / "mark.txt").write_text(lines, "utf-8-sig")              # with a byte order mark
+    (tmp_path / "mark.json").write_text(tokenizer.words.to_str(), "utf-8-sig")
     tokenizer.words.enable_truncation(4)
     tokenizer.words.enable_padding(length=9)
     (tmp_path / "tokenizer.json").write_text(tokenizer.words.to_str())
@@ -2096,10 +2099,12 @@ def vocabulary_files(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "mark.txt", "mark.json"])
 def test_a_vocabulary_is_read_from_a_file(name, vocabulary_files):
-    expected = Tokenizer.train(WORDS, 200).encode(WORDS[0], 40)
-    assert Tokenizer.load(vocabulary_files / name).encode(WORDS[0], 40) == expected
+    expected = Tokenizer.train(WORDS, 200)
+    read = Tokenizer.load(vocabulary_files / name)
+    assert read.encode(WORDS[0], 40) == expected.encode(WORDS[0], 40)
+    assert read.words.get_vocab() == expected.words.get_vocab()
 
 
 @pytest.mark.parametrize("name, message", [
@@ -2739,6 +2744,18 @@ def test_no_clean_manifest_is_written_without_lines(faulty, capsys):
     data.check(faulty, workers=0)
     assert "0 of 1 samples are usable: no clean manifest is written" in capsys.readouterr().out
     assert faulty.with_name("m.clean.jsonl").read_text() == "that of an earlier check"
+
+
+def test_a_script_without_a_main_guard_is_told_so(faulty):
+    script = faulty.with_name("script.py")
+    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); import data\n"
+                      f"data.check({str(faulty)!r}, workers=2)\n")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1
+    assert run.stderr.count("Traceback") == 1
+    assert re.search('RuntimeError: no reading process can start.*`if __name__ == "__main__":`',
+                     run.stderr)
+    assert not faulty.with_name("m.clean.jsonl").exists()
 
 
 def test_each_manifest_has_a_clean_one(tmp_path):
