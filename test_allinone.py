@@ -1524,6 +1524,11 @@ def test_sampled_frames_cover_every_frame_of_every_segment():             # Sec.
 
 # ---- Manifests: lines, tables, folders, shards ---------------------------------------------------
 
+def jsonl(*samples) -> str:
+    """The samples as lines of a manifest."""
+    return "".join(json.dumps(sample) + "\n" for sample in samples)
+
+
 def samples_of(paths, columns=()) -> list[dict]:
     """The samples of a manifest without what tests of other fields need."""
     samples = list(Manifest(paths, columns))
