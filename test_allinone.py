@@ -207,9 +207,10 @@ def test_random_selection_draws_anew_in_each_call():                         # T
     assert not torch.equal(one, another)
 
 
-def test_the_release_rolls_half_forward_half_backward():
-    rolled = token_rolling(labelled(S=3, n=196), frames=3, roll="release")
-    assert rolled[1, 1:, 0].tolist() == [0] * 24 + [1] * 148 + [2] * 24
+@pytest.mark.parametrize("n", [196, 197])            # 197: with DeiT's second token, as in S
+def test_the_release_rolls_half_forward_half_backward(n):
+    rolled = token_rolling(labelled(S=3, n=n), frames=3, roll="release")
+    assert rolled[1, 1:, 0].tolist() == [0] * 24 + [1] * (n - 48) + [2] * 24
 
 
 @pytest.mark.parametrize("roll, source_frame", [("paper", 1), ("release", 0)])
@@ -495,6 +496,18 @@ def test_dropout_reaches_text_video_attention_and_mlp():
     model(clip(), words())
     assert len(dropped) == 5                                     # text and video share the first
     assert all(dropped)
+
+
+def test_dropout_of_the_text_follows_its_layernorm():                        # release
+    model = build(dropout=0.5, modality_type=False).train()
+    zeros = (model.embed_text(words(B=8)) == 0).float().mean()
+    assert float(zeros) == pytest.approx(0.5, abs=0.1)
+
+
+def test_layernorms_have_the_epsilons_of_vit_and_bert():
+    model = build()
+    assert model.norm.eps == model.blocks[0].norm1.eps == model.blocks[0].norm2.eps == 1e-6
+    assert model.text_embeddings["LayerNorm"].eps == model.mlm_head.LayerNorm.eps == 1e-12
 
 
 def test_random_weights_start_as_vit_and_bert():                             # Tab. 6, first row
