@@ -2232,6 +2232,7 @@ def write_clean(source: Manifest, unusable: set[int], manifest: str | Path) -> s
 # yields samples. "video" is what the annotations call the clip, or a list of names it may have.
 # test.jsonl is the split of the paper's number, also where the owners call it val.
 
+FILM, GIF, FRAMES, PICTURE, UNKNOWN = range(5)      # kinds of clip, in the order of preference
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz")
 
 
@@ -2389,8 +2390,15 @@ class DataSet:
         return {split: word or split for split, _, word in pairs}
 
     def expected(self) -> str:
-        """The names of the annotation files, and where they come from."""
-        return f"{' or '.join(form.name for form in self.forms)} ({self.site})"
+        """The names of the annotation files of all splits, and where they come from."""
+        words = self.words()
+        names = collections.defaultdict(list)
+        for form in self.forms:
+            owners = [words[split] for split in words if split in form.splits.split()]
+            word = owners[0] if len(owners) == 1 else f"{{{','.join(owners)}}}"
+            names[form.splits].append(form.name.replace("SPLIT", word))
+        alternatives = [" or ".join(group) for group in names.values()]
+        return f"{', and '.join(alternatives)} ({self.site})"
 
 
 def file_name(path: str) -> str:
@@ -2407,15 +2415,15 @@ def stem(name: str) -> str:
 
 
 def preference(path: str) -> int:
-    """Of several things of one stem the lowest is the clip: a film, a GIF, a folder, a picture."""
+    """The kind of a file or folder. Of several of one stem, that of the lowest kind is the clip."""
     ending = os.path.splitext(path)[1].lower()
     if path.endswith("/"):
-        return 2
+        return FRAMES
     if ending in IMAGES:
-        return 3
-    if ending in MEDIA:
-        return int(ending == ".gif")
-    return 4
+        return PICTURE
+    if ending == ".gif":
+        return GIF
+    return FILM if ending in MEDIA else UNKNOWN
 
 
 def distinct(paths: list[str], by_name: bool) -> list[str]:
@@ -2440,14 +2448,17 @@ class SourceFiles:
     clips: the paths of each stem. A folder's ends in "/"; it is a clip if it holds pictures.
     left_out: the columns of files that have a right name only. archives: files to be unpacked.
     missing: what was looked for in vain. duplicates: clips of one name, of which one is taken.
+    used: the annotation files that have been found. kinds: an example of each kind of clip.
     """
 
     def __init__(self, annotations: Sequence[str], videos: str):
         self.annotations: list[str] = []
         self.explicit: list[str] = []
+        self.used: set[str] = set()
         self.archives: list[str] = []
         self.left_out: dict[str, str] = {}
         self.missing: list[str] = []
+        self.kinds: dict[int, str] = {}
         self.duplicates: dict[str, list[str]] = {}
         for path in annotations:
             self.add_annotations(os.fspath(path))
@@ -2463,6 +2474,9 @@ class SourceFiles:
         for form, path in self.find([MSVD_NAMES]):
             for pair in form.reader(path):
                 aliases.update(pair)
+        if not aliases:
+            self.missing.append("no annotation file is named youtube_mapping.txt, which gives "
+                                "MSVD's clips their second name")
         return aliases
 
     def add_annotations(self, path: str) -> None:
@@ -2493,6 +2507,8 @@ class SourceFiles:
             self.folders.add(os.path.basename(folder))
             for file in files:
                 self.clips[stem(file)].append(os.path.join(folder, file))
+                if file.lower().endswith(ARCHIVES):
+                    self.archives.append(os.path.join(folder, file))
             if folder != videos and any(file.lower().endswith(IMAGES) for file in files):
                 self.clips[stem(folder)].append(f"{folder}/")
 
@@ -2517,6 +2533,7 @@ class SourceFiles:
 
     def without_copies(self, form: Form, paths: list[str]) -> list[tuple[Form, str]]:
         """Files of one content count once. DataError if different ones claim the same place."""
+        self.used.update(paths)
         paths = distinct(paths, by_name=form.several == "names")
         places = [file_name(path) if form.several else "" for path in paths]
         for place, count in collections.Counter(places).items():
@@ -2540,7 +2557,10 @@ class SourceFiles:
         rivals = [path for path in paths if preference(path) == preference(paths[0])]
         if len(set(map(os.path.realpath, rivals))) > 1:
             self.duplicates[name] = rivals
-        return paths[0].removesuffix("/") if paths else None
+        if not paths:
+            return None
+        self.kinds[preference(paths[0])] = paths[0]
+        return paths[0].removesuffix("/")
 
 
 def is_renamed(path: str, form: Form, word: str) -> bool:
@@ -2633,12 +2653,13 @@ def cc3m(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
     """CC3M: caption, tab, url, without a header.
 
     The usual downloaders save an image as CRC32 or as INDEX_CRC32: the checksum of its url, and the
-    number of its line from 0.
+    number of its line from 0, which counts otherwise where a quote in a caption joins lines.
     """
+    by_checksum = {name.rpartition("_")[2]: name for name in files.clips}
     for index, row in enumerate(read_table(path, "caption url")):
-        checksum = zlib.crc32(row["url"].strip().encode())
-        yield {"video": [f"{index}_{checksum}", f"{checksum}"], "text": row["caption"],
-               "image": True}
+        checksum = str(zlib.crc32(row["url"].strip().encode()))
+        names = [f"{index}_{checksum}", by_checksum.get(checksum, checksum)]
+        yield {"video": names, "text": row["caption"], "image": True}
 
 
 DATASETS["cc3m"] = DataSet(
@@ -2724,7 +2745,9 @@ ONE_K_A = Form("MSRVTT_JSFUSION_test.csv", one_k_a_test, "video_id sentence", sp
 
 def one_k_a_train(files: SourceFiles, path: str, numbers: Container[int]) -> Iterator[dict]:
     """The MSR-VTT videos of these numbers, but for the test clips of 1k-A."""
-    test = {row["video_id"] for _, table in files.find([ONE_K_A]) for row in read_rows(table)}
+    test = set()
+    for _, table in files.find([ONE_K_A]):
+        test.update(row["video_id"] for row in read_rows(table))
     if not test:
         raise DataError(f"{ONE_K_A.name} is missing, which names the clips that must not train: "
                         "add it to --annotations")
@@ -3167,8 +3190,15 @@ def remarks(files: SourceFiles) -> Iterator[str]:
         path, columns = min(files.left_out.items())
         yield (f"left out {len(files.left_out):,} annotation files that have a right name and "
                f"other columns, such as {path}: columns {columns:.200}")
+    unused = [path for path in files.explicit if path not in {*files.used, *files.left_out}]
+    if unused:
+        yield (f"not read: {len(unused):,} files of --annotations, {examples(unused)}; they have "
+               "neither the names nor the columns of this data set")
     if files.archives:
-        yield f"not read: {len(files.archives):,} archives, {examples(files.archives)}; unpack them"
+        yield (f"not read: {len(files.archives):,} archives, {examples(files.archives)}; unpack "
+               "those that you need")
+    if PICTURE in files.kinds and files.kinds.keys() & {FILM, GIF, FRAMES}:
+        yield f"some clips are there as a picture only, such as {files.kinds[PICTURE]}"
     if files.duplicates:
         rivals = next(iter(files.duplicates.values()))
         yield (f"{len(files.duplicates):,} clips are there more than once, such as "
@@ -3176,13 +3206,16 @@ def remarks(files: SourceFiles) -> Iterator[str]:
 
 
 def convert(name: str, annotations: Sequence[str], videos: str, out: str) -> None:
-    """Writes OUT/{train,val,test}.jsonl, and OUT/answers.json, of data set `name`.
+    """Writes the manifests of a data set, OUT/{train,val,test}.jsonl, and OUT/answers.json.
 
-    annotations: files, or folders that hold them, as published. videos: the folder of the clips,
-    at any depth. Clips that are not there and samples without text are left out, counted, named.
-    answers.json: all training answers, whatever the download holds, the commonest first (Sec.
-    4.2.1). Such files of an earlier conversion that are not written now are renamed to NAME.old.
-    DataError if nothing is left or a file is not as published; OUT is then as it was.
+    Clips that are not on disk and samples without text are left out. How many there are is printed,
+    with examples, and also what else is missing or doubtful. The clips stay where they are.
+
+    answers.json lists the training answers to open questions, the commonest first (Sec. 4.2.1). It
+    counts all of them, whether or not the clips are on disk. Files of these names that an earlier
+    conversion left in OUT, and that this one does not write, are renamed to NAME.old.
+
+    DataError if nothing is left or a file is not as published. OUT is then as it was.
     """
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}; expected one of {', '.join(DATASETS)}")
@@ -3247,11 +3280,17 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter) for name, run in runs.items())
     toys.add_argument("--out", dest="root")
     toys.add_argument("--seed", type=int)
-    converts.epilog = "\n".join(f"{name}: {dataset.expected()}"
-                                for name, dataset in DATASETS.items())
-    converts.add_argument("name")
-    for flag, count in ("annotations", "+"), ("videos", None), ("out", None):
-        converts.add_argument(f"--{flag}", nargs=count, required=True)
+    names = [f"  {name}: {dataset.expected()}" for name, dataset in DATASETS.items()]
+    names.insert(0, "data sets, their annotation files and where those are from:")
+    converts.epilog = "\n".join(names)
+    converts.add_argument("name", help="which of the data sets below it is")
+    converts.add_argument("--annotations", nargs="+", required=True, metavar="PATH",
+                          help="the annotation files as their owners publish them, unpacked, or "
+                          "folders that hold them at any depth")
+    converts.add_argument("--videos", required=True, metavar="FOLDER",
+                          help="the folder that holds the clips, at any depth, under any ending")
+    converts.add_argument("--out", required=True, metavar="FOLDER",
+                          help="where train.jsonl, val.jsonl, test.jsonl and answers.json go")
     checks.add_argument("manifest")
     checks.add_argument("--vocab")
     checks.add_argument("--columns", nargs="+")

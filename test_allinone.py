@@ -2978,13 +2978,14 @@ def test_yttemporal_joins_words_of_12_seconds(file, pack, converted):
          "captions": [[0, 12.5, "a b"], [12.5, 25, "c"], [90, 102.5, "late"]]}]}
 
 
-@pytest.mark.parametrize("saved_as", ["{index}_{checksum}", "{checksum}", "{checksum}.jpg"])
+@pytest.mark.parametrize("saved_as", ["{index}_{checksum}", "7{index}_{checksum}", "{checksum}",
+                                      "training/{checksum}.jpg"])
 def test_cc3m_images_are_named_by_checksum(saved_as, converted):
     names = [saved_as.format(index=index, checksum=zlib.crc32(url))
              for index, url in enumerate([b"http://x/a", b"http://x/b"])]
     notes = {"Train_GCC-training.tsv": 'a "big" dog\thttp://x/a\n"a cat\thttp://x/b\n',
              "Validation_GCC-1.1.0-Validation.tsv": "gone\thttp://x/c\n"}
-    assert converted("cc3m", notes, [*names, "2_12"]) == {"train": [
+    assert converted("cc3m", notes, [*names, "0_12", "12"]) == {"train": [
         {"video": names[0], "text": 'a "big" dog', "image": True},
         {"video": names[1], "text": '"a cat', "image": True}]}
 
@@ -3147,9 +3148,12 @@ def test_msvd_splits_by_the_mappings_numbers(converted):
         "test": [{"video": "c_0_9.avi", "texts": ["a dog"]}]}
 
 
-def test_msvd_without_a_mapping_asks_for_it(converted):
-    with pytest.raises(DataError, match="youtube_mapping.txt.*--annotations"):
-        converted("msvd", {"AllVideoDescriptions.txt": "ab_1_2 a man\n"}, ["ab_1_2.avi"])
+@pytest.mark.parametrize("name, notes", [
+    ("msvd", {"AllVideoDescriptions.txt": "ab_1_2 a man\n"}),
+    ("msvd_qa", {"test_qa.json": [MSVD_QUESTION]})])
+def test_msvd_without_a_mapping_asks_for_it(name, notes, converted):
+    with pytest.raises(DataError, match="youtube_mapping.txt"):
+        converted(name, notes, ["ab_1_2.avi"])
 
 
 @pytest.mark.parametrize("name, file", [("tgif_action", "{}_action_question.csv"),      # Tab. 2a
@@ -3347,6 +3351,13 @@ def test_films_go_before_folders_before_pictures(clips, taken, converted, capsys
     assert "more than once" not in capsys.readouterr().out
 
 
+def test_a_lone_thumbnail_is_reported(converted, capsys):
+    notes = {"val_1.json": {video: {"timestamps": [[0, 1]], "sentences": ["A dog."]}
+                            for video in ("v_QOl", "v_abc")}}
+    converted("activitynet", notes, ["QOl.mp4", "abc.webp"])
+    assert re.search("some clips are there as a picture only.*abc.webp", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("clips", [["QOl.mkv", "QOl.mp4"], ["a/QOl.mp4", "b/QOl.mp4"]])
 def test_two_films_of_a_name_are_reported(clips, converted, capsys):
     assert converted("activitynet", ANET, clips)["test"][0]["video"] == clips[0]
@@ -3429,7 +3440,7 @@ def test_a_renamed_file_is_known_by_content(name, file, content, converted):
     ("tgif_action", "train_and_test.csv")])
 def test_a_doubtful_file_is_not_taken(name, file, converted):
     notes = {file: "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\n-3B\tq\ta\tb\tc\td\te\t2\n"}
-    with pytest.raises(DataError, match="nothing to write.*SPLIT_action_"):
+    with pytest.raises(DataError, match="nothing to write.*{train,val,test}_action_"):
         converted(name, notes, ["-3B.gif"], [file])
 
 
@@ -3468,6 +3479,9 @@ def test_huge_caption_files_are_read_in_pieces(tmp_path):
     ("didemo", {}, ["gone.json"], "gone.json: no such file or folder"),
     ("didemo", {"annotations.zip": "PK"}, [""], "annotations.zip; unpack"),
     ("didemo", {"data.tar.gz": "x"}, ["data.tar.gz"], "data.tar.gz; unpack"),
+    ("didemo", {"test_data.json": [{"video": "y", "description": "a"}], "../clips/v.zip": "PK"},
+     [""], "v.zip; unpack"),
+    ("didemo", {"my_test.csv": "a,b\n1,2\n"}, ["my_test.csv"], "not read: 1 files.*my_test.csv"),
     ("didemo", {"test_data.json": "[{"}, [""], "test_data.json: not as published.*Expecting"),
     ("didemo", {"test_data.json": [{"video": "x.mp4", "description": ""}]}, [""],
      "without text, such as x"),
@@ -3476,7 +3490,7 @@ def test_huge_caption_files_are_read_in_pieces(tmp_path):
     ("vcr_qa", {"../out/train.jsonl": ""}, ["../out"], "lie in --out"),
     ("webvid", {"results_2M_train.csv": "id,name\n1,x\n"}, [""], "2M_train.csv: columns id, name"),
     ("msrvtt_qa", {"test_qa.json": [MSVD_QUESTION]}, [""], "test_qa.json: columns answer, id"),
-    ("msrvtt_9k", {"x.txt": ""}, [""], "expected MSRVTT_JSFUSION_test.csv or")])
+    ("msrvtt_9k", {"x.txt": ""}, [""], "expected MSRVTT_JSFUSION_test.csv, and ")])
 def test_what_is_wrong_is_said(name, notes, annotations, message, converted, tmp_path):
     with pytest.raises(DataError, match=message) as error:
         converted(name, notes, ["x.mp4", "video1.mp4"], annotations)
