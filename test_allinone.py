@@ -30,7 +30,7 @@ import textwrap
 import time
 import tracemalloc
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,12 @@ import allinone
 import data
 import eval
 import train
-from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Temporal, Vocabulary,
+from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Scores, Temporal, Vocabulary,
                       answer_scores, candidate_scores, channel_shift, class_scores, compute_losses,
-                      count_items, load_release, load_vit, mask_words, masked_positions,
-                      match_logits, mlm_loss, pretraining_batch, pretraining_scores, read_weights,
-                      text_embedding, token_rolling, video_embedding, vtc_loss, vtm_loss,
-                      vtm_pairs, word_patch_transport)
+                      count_items, load_release, load_vit, load_weights, mask_words,
+                      masked_positions, match_logits, mlm_loss, pretraining_batch,
+                      pretraining_scores, read_weights, text_embedding, token_rolling,
+                      video_embedding, vtc_loss, vtm_loss, vtm_pairs, word_patch_transport)
 from data import (BatchSampler, Clips, DataError, Manifest, Tokenizer, Unreadable, collate, convert,
                   crop, decode, sample_frames, shuffled)
 from eval import count_macs, count_parameters
@@ -4011,427 +4011,1105 @@ def test_wrong_flags_and_files_say_in_one_line_what_to_do(
 
 # ---- Downstream tasks (Sec. 4.2) ----------------------------------------------------------------
 
-def test_clips_are_scored_as_they_were_trained_on_unless_a_flag_says_otherwise(
-        clips, strong, tmp_path):
-    content = torch.load(strong, weights_only=True)
-    content["config"]["squash"] = True
-    torch.save(content, tmp_path / "squashed.pt")
-    cropped, asked, taken, undone = (
-        predicted("choice", [clips / "choice.jsonl"], checkpoint, tmp_path / "p", *flags)
-        for checkpoint, flags in ((strong, ()), (strong, ("--squash",)),
-                                  (tmp_path / "squashed.pt", ()),
-                                  (tmp_path / "squashed.pt", ("--no-squash",))))
-    assert cropped == undone != asked == taken
-
-
-def test_ranks_are_what_ties_in_a_random_order_would_give():  # Tab. 3, Tab. 7
-    scores = np.array([[.9, .1, .1, .5, .1, .1, .1], [.5, .5, .2, .5, .7, .7, .7], [.3] * 7,
-                       [.1, .1, .1, .3, .3, .3, .8]])
-    own = np.array([[1, 0, 0, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0],
-                    [1, 1, 0, 0, 0, 0, 0]], bool)              # several captions of a clip
-    orders = np.array(list(itertools.permutations(range(7))))
-    found = eval.ranked(torch.tensor(scores), torch.tensor(own))
-    for (rank, hits), row, right in zip(found, scores, own):
-        best = (-row[orders]).argsort(1, kind="stable")
-        firsts = 1 + np.take_along_axis(right[orders], best, 1).argmax(1)
-        assert rank == pytest.approx(firsts.mean())
-        assert hits == pytest.approx({k: 100 * (firsts <= k).mean() for k in (1, 5, 10)})
-
-
-def test_ties_and_unknown_answers_are_not_counted_as_right_and_intervals_are_repeatable():
-    tied = eval.predict("choice", torch.tensor([0., 0, 0, -torch.inf]), 0, None)
-    assert tied["metrics"] == pytest.approx({"accuracy %": 100 / 3, "chance %": 100 / 3})
-    scores, answers = torch.tensor([0., 1, 5, 2, 3, 4]), list("abcdef")
-    for task, label, metrics in (
-            ("qa", -1, {"accuracy %": 0}),             # the release leaves such questions out
-            ("qa", 2, {"accuracy %": 100, "in vocabulary %": 100}),
-            ("probe", -1, {"top-1 %": 0, "top-5 %": 0, "top-10 %": 0}),
-            ("probe", 3, {"top-1 %": 0, "top-5 %": 100, "top-10 %": 100})):
-        found = eval.predict(task, scores, label, answers)
-        assert found == {"answers": ["c", "f", "e", "d", "b"], "metrics": metrics}
-    asked = [{"kind": "who", "label": label, "metrics": {}} for label in (3, 1, 1, -1)]
-    eval.add_majority(asked)                           # what the commonest answer would score
-    assert [p["metrics"]["majority %"] for p in asked] == [0, 100, 100, 0]
-    ranks = [{"kind": "t", "metrics": {"median rank": r, "mean rank": r}} for r in [1, 1, 2, 9]]
-    assert eval.summarise(ranks) == {"t": {"median rank": [1.5], "mean rank": [3.25]}}
-    mean, low, high = eval.summarise(ranks, 200)["t"]["mean rank"]
-    assert 1 <= low < mean < high <= 9 and eval.summarise(ranks, 200) == eval.summarise(ranks, 200)
-
-
-@pytest.mark.parametrize("flags, message, change", [
-    ("choice", "--task choice needs --data", 2), ("match --text a", "needs --video", 2),
-    ("fill --video x", "needs --text", 2), ("fill --video x --text a", "needs a [MASK]", 2),
-    ("ask --video x --text a b", "several --text", 2),
-    ("choice --data x --batch 0", "--batch, --clips and --top must be 1 or more", 2),
-    ("search --video x --text a --window -1", "and --workers must be 0 or more", 2),
-    ("choice --data x --rerank 2", "--rerank is for --task retrieval", 2),
-    ("retrieval --data {clips}/retrieval.jsonl", "was not trained with VTC", 1),
-    ("probe --data {clips}/qa.jsonl", "fine-tune it with train.py --task probe", 1),
-    ("explain --video x --text a --block 3", "the model has blocks 1 to 2", 1),
-    ("match --video {empty} --text a", "no clip there", 1),
-    ("choice --data {clips}/choice.jsonl", "score is not a number",
-     lambda c: c["model"]["norm.weight"].fill_(torch.nan)),
-    ("retrieval --rerank 2 --data {clips}/retrieval.jsonl", "score is not a number",
-     lambda c: c["model"]["norm.weight"].fill_(torch.nan)),
-    ("choice --data x", "another version of train.py", lambda c: c.pop("tokenizer")),
-    ("choice --data x", "another version", lambda c: c["sizes"].update(colour="red")),
-    ("choice --data x", "without large gaps", lambda c: c.update(tokenizer=re.sub(
-        r'("\[MASK\]": ?)4', r"\g<1>2147483647", c["tokenizer"]))),
-    ("choice --data x", "tokenizer cannot be read", lambda c: c.update(tokenizer="{}"))])
-def test_what_cannot_be_scored_is_refused(flags, message, change, clips, whole_run, tmp_path):
-    content, code = finished(whole_run)[0], change
-    if callable(change):                                         # of the checkpoint
-        code, _ = 1, change(content)
-    torch.save(content, tmp_path / "odd.pt")
-    (tmp_path / "empty").mkdir()
-    err = run(eval, "--checkpoint", tmp_path / "odd.pt", "--workers", 0, "--task", *flags.format(
-        clips=clips, empty=tmp_path / "empty").split(), code=code)
-    assert message in err and (code == 2 or err.count("\n") == 1)
-
-
 @pytest.fixture(scope="session")
-def strong(whole_run, tmp_path_factory) -> Path:
-    """The checkpoint of a run of 12 steps, its opinions made stronger; it says it learnt VTC."""
-    content, _ = finished(whole_run)
-    content["model"] = {k: v * 5 if v.ndim > 1 else v for k, v in content["model"].items()}
-    content["config"]["objectives"] = ["vtc"]
-    path = tmp_path_factory.mktemp("strong") / "strong.pt"
+def films(tmp_path_factory) -> Path:
+    """A folder of 8 toy clips and an image, with a manifest for each task."""
+    folder = tmp_path_factory.mktemp("films")
+    rng = random.Random(0)
+    lines = collections.defaultdict(list)
+    for i in range(8):
+        toy = data.ToyClip.sample(rng)
+        video = f"{i}.mp4"
+        data.write_clip(folder / video, toy.frames(), 4, {"crf": "18"})
+        caption = toy.caption()
+        wrong = toy.twin().caption()
+        options = [caption, wrong, "a ring"] if i == 1 else [caption, wrong]
+        lines["train"].append({"video": video, "text": caption})
+        lines["choice"].append({"video": video, "options": options, "answer": 0, "kind": "order"})
+        lines["retrieval"].append({"video": video, "texts": [caption, f"{i} {caption}"]})
+        lines["qa"].append({"video": video, "question": "what shape is it?",
+                            "answer": ["square", "ring", "unheard of"][i % 3], "kind": "shape"})
+    for name, samples in lines.items():
+        (folder / f"{name}.jsonl").write_text(jsonl(*samples))
+    picture(folder / "still.png", (32, 32))
+    return folder
+
+
+def save_checkpoint(path, task="pretrain", objectives=("vtm", "mlm", "vtc"), seed=0, config=(),
+                    answers=None, **sizes) -> Path:
+    """A checkpoint as train.py writes it, of random weights that make scores differ clearly."""
+    texts = ["white black square ring while red turns green blue what shape is it around a 0 7"]
+    tokenizer = Tokenizer.train(texts, 100)
+    sizes = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "vocab_size":
+             tokenizer.vocab_size, "max_text_len": 40, "answers": len(answers or []), **sizes}
+    model = build(seed, **sizes)
+    content = {"model": model.state_dict(), "sizes": asdict(model.config), "answers": answers,
+               "tokenizer": tokenizer.words.to_str(),
+               "config": {"task": task, "objectives": list(objectives), **dict(config)}}
     torch.save(content, path)
     return path
 
 
-def opened(path, manifest, task, **fields):
-    """(model of a checkpoint, samples of a manifest as it reads them)."""
-    content = torch.load(path, weights_only=True)
-    model, tokenizer, _ = eval.checkpoint_model(content, path, **fields)
-    return model.eval(), Clips(Manifest(manifest), tokenizer, task, 3, 32, 40, False)
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "checkpoint.pt")
 
 
-def absolute(manifest) -> list[str]:
-    """The lines of a manifest, to be used in another folder."""
-    return manifest.read_text().replace(
-        '"video": "', f'"video": "{manifest.parent}/').splitlines(True)
+def run_eval(task, files, weights, *flags, code=0) -> str:
+    """What eval.py prints about a manifest or about videos."""
+    source = "--data" if task in eval.MANIFEST_TASKS else "--video"
+    return run(eval, "--task", task, source, *files, "--checkpoint", weights, "--workers", 0,
+               *flags, code=code)
+
+
+def results_of(task, files, weights, saved, *flags) -> list[dict]:
+    """What eval.py writes to --json."""
+    run_eval(task, files, weights, "--json", saved, *flags)
+    return lines_of(saved)
+
+
+def open_model(path, manifest, task, **options) -> tuple[AllInOne, Clips]:
+    """A checkpoint's model, and the samples of a manifest as it reads them."""
+    model, tokenizer, answers = eval.load_checkpoint(torch.load(path), path)
+    sizes = model.config
+    return model.eval(), Clips(Manifest(manifest), tokenizer, task, sizes.frames, sizes.image_size,
+                               sizes.max_text_len, train=False, answers=answers, **options)
+
+
+def alone(batch: dict, b: int) -> torch.Tensor:
+    """(1, m): text b of a batch without its padding."""
+    return batch["text_ids"][b][batch["text_mask"][b]][None]
+
+
+@pytest.mark.parametrize("above, wrong, right", [
+    (0, 0, 1), (0, 1, 1), (3, 2, 1), (0, 4, 2), (7, 0, 3), (12, 1, 1)])
+def test_ties_are_ranked_in_a_random_order(above, wrong, right):           # Tab. 3, Tab. 7
+    ranks = []
+    for order in itertools.permutations([False] * wrong + [True] * right):
+        ranks.append(above + 1 + order.index(True))
+    recall = {k: 100 * np.mean([rank <= k for rank in ranks]) for k in (1, 5, 10)}
+    assert eval.expected_rank(above, wrong, right) == (pytest.approx(np.mean(ranks)),
+                                                       pytest.approx(recall))
+
+
+@pytest.mark.parametrize("scores, reranked, relevant, counts", [
+    ([.9, .5, .1], [0, 0, 0], [1, 0, 0], [0, 0, 1]),
+    ([.9, .5, .1], [0, 0, 0], [0, 0, 1], [2, 0, 1]),
+    ([.5, .5, .5], [0, 0, 0], [1, 1, 0], [0, 1, 2]),           # all tied, two of them right
+    ([.9, .8, .1], [0, 0, 0], [0, 1, 1], [1, 0, 1]),           # the better of two right ones
+    ([.9, -7., .1], [0, 1, 0], [1, 0, 0], [1, 0, 1]),          # a low logit stands above a cosine
+    ([.9, -7., -8.], [0, 1, 1], [0, 0, 1], [1, 0, 1]),         # and cosines do not count among them
+    ([.9, -7., .9], [0, 1, 0], [1, 1, 0], [0, 0, 1]),
+    ([.5, .5, .1], [1, 0, 0], [0, 1, 0], [1, 0, 1])])          # no tie of a logit and a cosine
+def test_reranked_candidates_stand_before_all_others(scores, reranked, relevant, counts):
+    found = eval.count_above(torch.tensor([scores]), torch.tensor([reranked]).bool(),
+                             torch.tensor([relevant]).bool())
+    assert found.tolist() == [counts]
+
+
+@pytest.mark.parametrize("label, recall", [
+    (2, {1: 100, 5: 100, 10: 100}), (3, {1: 0, 5: 100, 10: 100}),
+    (0, {1: 0, 5: 50, 10: 100}),                               # tied with another on place 5
+    (-1, {1: 0, 5: 0, 10: 0})])                                # no class of the checkpoint
+def test_an_unknown_answer_is_never_right(label, recall):
+    scores = torch.tensor([0., 0, 5, 2, 3, 4, -1])
+    assert eval.recall_of_label(scores, label) == recall
+
+
+def test_the_median_rank_is_a_median():
+    predictions = []
+    for rank in (1, 1, 2, 9):
+        predictions.append({"kind": "t", "metrics": {"median rank": rank, "mean rank": rank}})
+    assert eval.summarise(predictions) == {"t": {"median rank": [1.5], "mean rank": [3.25]}}
+
+
+def test_a_missing_metric_is_no_zero():                        # the release leaves them out
+    predictions = [{"kind": "k", "metrics": {"accuracy %": 100.0, "in vocabulary %": 100.0}},
+                   {"kind": "k", "metrics": {"accuracy %": 0.0}}]
+    assert eval.summarise(predictions) == {"k": {"accuracy %": [50.0], "in vocabulary %": [100.0]}}
+
+
+def test_the_majority_is_that_of_each_kind():
+    predictions = []
+    for kind, label in (("who", 3), ("who", 1), ("who", 1), ("who", -1), ("what", 3)):
+        predictions.append({"kind": kind, "label": label, "metrics": {}})
+    eval.add_majority(predictions)
+    assert [p["metrics"]["majority %"] for p in predictions] == [0, 100, 100, 0, 100]
+
+
+def test_the_interval_is_a_binomial_one():
+    predictions = [{"kind": "k", "metrics": {"accuracy %": 100.0 * (i % 2)}} for i in range(100)]
+    mean, low, high = eval.summarise(predictions, 1000)["k"]["accuracy %"]
+    assert mean == 50
+    assert [low, high] == pytest.approx([40.2, 59.8], abs=1.5)
+    assert eval.summarise(predictions, 1000) == eval.summarise(predictions, 1000)
+
+
+@pytest.mark.parametrize("views", [1, 3])                      # 3 x 3 of Tab. 2 to 4
+def test_options_are_scored_by_their_mean_matched_logit(views, films, checkpoint, tmp_path):
+    results = results_of("choice", [films / "choice.jsonl"], checkpoint, tmp_path / "r",
+                         "--views", views)
+    model, clips = open_model(checkpoint, films / "choice.jsonl", "choice", views=views)
+    for i, result in enumerate(results):                       # each option alone, without padding
+        item = clips[i, i]
+        expected = []
+        for ids in item["options"]:
+            videos = item["video"].view(views, 3, 3, 32, 32)
+            logits = match_logits(model, videos, torch.tensor([ids] * views))
+            expected.append(logits[:, 1].mean().item())
+        assert result["scores"] == pytest.approx(expected, abs=1e-4)
+        assert result["metrics"]["accuracy %"] == 100 * (max(expected) == expected[0])
+        assert result["metrics"]["chance %"] == pytest.approx(100 / len(expected))
+
+
+def test_views_are_of_different_frames(checkpoint, tmp_path):
+    video = film(tmp_path / "a.mp4", "n=40")
+    line = {"video": str(video), "options": ["white ring", "black square"], "answer": 0}
+    (tmp_path / "m.jsonl").write_text(jsonl(line))
+    scores = []
+    for views in (1, 3):
+        result, = results_of("choice", [tmp_path / "m.jsonl"], checkpoint, tmp_path / "r",
+                             "--views", views)
+        scores.append(result["scores"])
+    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
+
+
+def answering_checkpoint(folder, task) -> Path:
+    head = {"qa": "paper", "probe": "linear"}[task]
+    return save_checkpoint(folder / f"{task}.pt", task, [task], answers=["ring", "white", "square"],
+                           answer_head=head)
+
+
+def test_questions_are_answered_by_the_best_class(films, tmp_path):                    # Tab. 2
+    path = answering_checkpoint(tmp_path, "qa")
+    results = results_of("qa", [films / "qa.jsonl"], path, tmp_path / "r")
+    model, clips = open_model(path, films / "qa.jsonl", "qa")
+    for i, result in enumerate(results):
+        item = clips[i, i]
+        features = model(item["video"][None], torch.tensor([item["question"]]))
+        order = model.answer_head(features.pooled)[0].argsort(descending=True).tolist()
+        assert result["answers"] == [["ring", "white", "square"][a] for a in order]
+        assert result["label"] == [2, 0, -1][i % 3]
+        right = 100 * (order[0] == result["label"])
+        expected = {"accuracy %": right, "majority %": 100 * (i % 3 == 0)}
+        if result["label"] >= 0:
+            expected["in vocabulary %"] = right
+        assert result["metrics"] == expected
+
+
+def test_actions_are_classified_by_the_video_alone(films, tmp_path):                   # Tab. 12
+    path = answering_checkpoint(tmp_path, "probe")
+    results = results_of("probe", [films / "qa.jsonl"], path, tmp_path / "r")
+    model, clips = open_model(path, films / "qa.jsonl", "probe")
+    for i, result in enumerate(results):
+        cls = model.encode_video(clips[i, i]["video"][None])[:, 0]
+        order = model.answer_head(cls)[0].argsort(descending=True).tolist()
+        assert result["answers"] == [["ring", "white", "square"][a] for a in order]
+        known = 100 * (result["label"] >= 0)
+        assert result["metrics"] == {"top-1 %": 100 * (order[0] == result["label"]),
+                                     "top-5 %": known, "top-10 %": known}
+
+
+def test_pretraining_scores_each_clip_and_masked_word(films, checkpoint, tmp_path):    # Tab. 6
+    results = results_of("pretrain", [films / "train.jsonl"], checkpoint, tmp_path / "r")
+    model, clips = open_model(checkpoint, films / "train.jsonl", "pretrain")
+    batch = collate([clips[i, i] for i in range(8)], clips, 8)
+    scores, _ = pretraining_scores(model, batch, ("vtm", "mlm"))
+    for name, (logits, labels) in scores.items():
+        expected = []
+        for row, label in zip(logits, labels.tolist()):
+            if label >= 0:                                     # else padding
+                expected.append((label, 100 * (int(row.argmax()) == label)))
+        assert expected == [(r["label"], r["metrics"]["accuracy %"]) for r in results
+                            if r["kind"] == name.upper()]
+
+
+def test_a_masked_word_is_counted_for_its_clip(films, checkpoint, tmp_path):
+    results = results_of("pretrain", [films / "train.jsonl"], checkpoint, tmp_path / "r")
+    model, clips = open_model(checkpoint, films / "train.jsonl", "pretrain")
+    for i in range(8):
+        masked = [label for label in clips[i, i]["mlm_labels"] if label >= 0]
+        assert masked == [r["label"] for r in results if r["kind"] == "MLM" and r["index"] == i]
+
+
+def test_a_new_objective_is_scored(films, checkpoint, tmp_path, monkeypatch):
+    def with_frame_count(model, batch, objectives):            # what a user adds to allinone.py
+        scores, features = pretraining_scores(model, batch, objectives)
+        B = len(batch["video"])
+        scores["count"] = Scores(torch.tensor([[0.0, 1.0]] * B), torch.tensor([1, 0] * (B // 2)))
+        return scores, features
+    monkeypatch.setattr(eval, "pretraining_scores", with_frame_count)
+    printed = run_eval("pretrain", [films / "train.jsonl"], checkpoint)
+    assert re.search(r"^COUNT +50\.0 +8$", printed, re.M)
+
+
+@pytest.mark.parametrize("best, views", [(0, 1), (1, 1), (2, 1), (99, 3), (0, 3)])
+def test_retrieval_ranks_by_cosine_then_matching(best, views, films, checkpoint, tmp_path,
+                                                 monkeypatch):
+    """Each side alone, without padding; of both directions the best by their own cosines."""
+    monkeypatch.setattr(eval, "COSINES_IN_MEMORY", 40)         # a few queries at once
+    results = results_of("retrieval", [films / "retrieval.jsonl"], checkpoint, tmp_path / "r",
+                         "--rerank", best, "--views", views, "--batch", 3)
+    model, clips = open_model(checkpoint, films / "retrieval.jsonl", "retrieval", views=views)
+    items = [clips[i, i] for i in range(8)]
+    videos = [item["video"].view(views, 3, 3, 32, 32) for item in items]
+    captions = [torch.tensor([ids]) for item in items for ids in item["all_captions"]]
+    with torch.no_grad():
+        video = torch.stack([video_embedding(model, video).mean(0) for video in videos])
+        text = torch.cat([text_embedding(model, ids) for ids in captions])
+        cosines = text @ video.T                                                     # (16, 8)
+        matched = torch.zeros_like(cosines)
+        for t, ids in enumerate(captions):
+            for v in range(8):
+                logits = match_logits(model, videos[v], ids.expand(views, -1))
+                matched[t, v] = logits[:, 1].mean()
+    assert len(results) == 16 + 8
+    for q, result in enumerate(results):
+        if q < 16:
+            cosine, score, relevant = cosines[q], matched[q], [q // 2]
+        else:
+            v = q - 16
+            cosine, score, relevant = cosines[:, v], matched[:, v], [2 * v, 2 * v + 1]
+        if best:                                               # the rest follows these
+            reranked = cosine >= cosine.topk(min(best, len(cosine))).values[-1] - 1e-6
+            cosine = torch.where(reranked, score + 99, cosine)
+        highest = cosine[relevant].max()
+        fewest = 1 + int((cosine > highest + 2e-5).sum())      # but for what rounding may tie
+        most = 1 + int((cosine > highest - 2e-5).sum())
+        assert fewest <= result["metrics"]["mean rank"] <= most
+        assert result["metrics"]["R@1 %"] == 0 or fewest == 1
+
+
+def test_binary_matching_reranks_retrieval(films, tmp_path):   # Sec. 3.3's VTM, not "rank"
+    printed = []
+    for objectives in (["vtc", "vtm"], ["vtc", "rank"], ["vtm"]):
+        path = save_checkpoint(tmp_path / "c.pt", "retrieval", objectives)
+        printed.append(run_eval("retrieval", [films / "retrieval.jsonl"], path, "--rerank", 99))
+    tables = [text.partition("kind")[2] for text in printed]
+    assert tables[0] == tables[1] == tables[2]                 # 99: all pairs, as without VTC
+    assert "not trained with VTC: VTM ranks all pairs" in printed[2]
+
+
+def test_equal_captions_share_their_ranks(films, checkpoint, tmp_path):
+    lines = [{"video": str(films / f"{i}.mp4"), "text": "a white ring"} for i in range(3)]
+    (tmp_path / "m.jsonl").write_text(jsonl(*lines))
+    for flags in ([], ["--rerank", 2]):
+        results = results_of("retrieval", [tmp_path / "m.jsonl"], checkpoint, tmp_path / "r",
+                             *flags)
+        ranks = [r["metrics"]["mean rank"] for r in results if r["kind"] == "video to text"]
+        assert ranks == [2, 2, 2]
+
+
+def same_results(results, expected):
+    """Equal but for the rounding of sums."""
+    assert len(results) == len(expected)
+    for result, other in zip(results, expected):
+        assert result.keys() == other.keys()
+        for name, value in result.items():
+            assert value == (pytest.approx(other[name], abs=1e-4) if name == "scores" else
+                             other[name])
+
+
+@pytest.mark.parametrize("task, flags", [
+    ("choice", ["--views", 2]), ("qa", []), ("probe", []), ("pretrain", []),
+    ("retrieval", []), ("retrieval", ["--rerank", 3])])
+def test_results_do_not_depend_on_the_batch(task, flags, films, checkpoint, tmp_path):
+    manifest = films / f"{task}.jsonl"
+    if task in ("qa", "probe"):
+        checkpoint = answering_checkpoint(tmp_path, task)
+    if task in ("probe", "pretrain"):
+        manifest = films / {"probe": "qa.jsonl", "pretrain": "train.jsonl"}[task]
+    small, large = (results_of(task, [manifest], checkpoint, tmp_path / "r", "--batch", n, *flags)
+                    for n in (3, 8))
+    same_results(small, large)
 
 
 @pytest.mark.parametrize("flag", ["--patch_order", "--roll_select"])
-def test_what_a_model_draws_at_random_does_not_depend_on_the_batch(flag, clips, strong, tmp_path):
-    one, other = (predicted("retrieval", [clips / "retrieval.jsonl"], strong, tmp_path / "p", flag,
-                            "random", "--rerank", 2, "--batch", n) for n in (3, 8))
-    assert one == other                                          # to the bit
+def test_random_draws_do_not_depend_on_the_batch(flag, films, checkpoint, tmp_path):
+    small, large = (results_of("retrieval", [films / "retrieval.jsonl"], checkpoint,
+                               tmp_path / "r", flag, "random", "--rerank", 2, "--batch", n)
+                    for n in (3, 8))
+    assert small == large
 
 
 @pytest.mark.parametrize("task, flags, count, drawn", [
     ("retrieval", ["--rerank", 3, "--batch", 3], 21, 0), ("choice", ["--batch", 3], 7, 0),
-    ("pretrain", [], 21, 0), ("explain", ["--text", "white [MASK] while red"], 7, 7),
-    ("attention", [], 7, 8),
+    ("pretrain", [], 7, 0), ("explain", ["--text", "white [MASK] while red"], 7, 7),
+    ("attention", [], 7, 1),
     ("search", ["--text", "white ring", "a square", "--rerank", 2, "--top", 4], 8, 2)])
-def test_two_processes_find_exactly_what_one_finds(
-        task, flags, count, drawn, clips, strong, tmp_path):
-    scored = task in ("retrieval", "choice", "pretrain")
+def test_two_processes_find_what_one_finds(task, flags, count, drawn, films, checkpoint, tmp_path):
+    is_scored = task in eval.MANIFEST_TASKS
     name = task if task in ("retrieval", "choice") else "train"
-    lines = absolute(clips / f"{name}.jsonl")[:21 if task == "pretrain" else 7]
-    (tmp_path / "m.jsonl").write_text("".join([lines[0].replace("0.mp4", "absent.mp4"), *lines]))
-    flags = ["--task", task, "--checkpoint", strong, "--workers", 0, *flags,
-             "--data" if scored else "--video", tmp_path / "m.jsonl"]
-    one = run(eval, *flags, "--json", tmp_path / "1.jsonl", "--out", tmp_path / "1")
+    lines = lines_of(films / f"{name}.jsonl")[:7]
+    for line in lines:
+        line["video"] = str(films / line["video"])
+    (tmp_path / "m.jsonl").write_text(jsonl({**lines[0], "video": "absent.mp4"}, *lines))
+    flags = ["--task", task, "--checkpoint", checkpoint, "--workers", 0, *flags,
+             "--data" if is_scored else "--video", tmp_path / "m.jsonl"]
+    printed = run(eval, *flags, "--json", tmp_path / "1.jsonl", "--out", tmp_path / "1")
     Started(tmp_path / "out.txt", "eval.py", *flags, "--json", tmp_path / "2.jsonl",
-            "--out", tmp_path / "2", processes=2).wait()         # two does not divide the clips
-    two = (tmp_path / "out.txt").read_text()
-    numbers = [re.findall(r"^[^:]*\d\.\d[^:]*$", said, re.M) for said in (one, two)]
-    assert numbers[0] == numbers[1] and two.count("absent.mp4") == 1      # never replaced
-    assert not scored or f"INCOMPLETE: 1 of {len(lines) + 1} samples" in one
-    found = lines_of(tmp_path / "1.jsonl")
-    assert found == lines_of(tmp_path / "2.jsonl")
-    assert found == sorted(found, key=lambda line: line.get("index", 0))
-    assert sum(line.get("kind") != "MLM" for line in found) == count
-    pictures = [{p.name: p.read_bytes() for p in (tmp_path / number).glob("*")} for number in "12"]
+            "--out", tmp_path / "2", processes=2).wait()       # two does not divide the clips
+    in_two = (tmp_path / "out.txt").read_text()
+    numbers = [re.findall(r"^[^:]*\d\.\d[^:]*$", text, re.M) for text in (printed, in_two)]
+    assert numbers[0] == numbers[1] and in_two.count("absent.mp4") == 1        # never replaced
+    assert not is_scored or f"INCOMPLETE: 1 of {len(lines) + 1} samples" in printed
+    results = lines_of(tmp_path / "1.jsonl")
+    assert results == lines_of(tmp_path / "2.jsonl")
+    assert sum(result.get("kind") != "MLM" for result in results) == count
+    pictures = [{p.name: p.read_bytes() for p in (tmp_path / n).glob("*")} for n in "12"]
     assert pictures[0] == pictures[1] and len(pictures[0]) == drawn
 
 
-def test_candidates_are_scored_by_the_matched_logit_of_each_alone_averaged_over_views(
-        clips, strong, tmp_path):  # Sec. 4.2.1, 4.2.3; 3 x 3 of Tab. 2 to 4
-    lines, differ = absolute(clips / "choice.jsonl"), 0
-    lines[1] = lines[1].replace('"options": [', '"options": ["a dog", ')     # the others have two
-    (tmp_path / "m.jsonl").write_text("".join(lines))
-    found = predicted("choice", [tmp_path / "m.jsonl"], strong, tmp_path / "p", "--clips", 3)
-    model, samples = opened(strong, tmp_path / "m.jsonl", "choice")
-    for i, prediction in enumerate(found):
-        item = replace(samples, views=3)[i, i]
-        texts = [torch.tensor([ids] * 3) for ids in item["ids"]]
-        with torch.no_grad():
-            scores = torch.stack([model.vtm_head(model(item["video"], text).pooled)[:, 1]
-                                  for text in texts])                             # (options, views)
-        assert torch.allclose(torch.tensor(prediction["scores"]), scores.mean(1), atol=1e-5)
-        differ = max(differ, float(scores.std(1).max()))
-    assert differ > 1e-3                                       # of different frames, where all move
+@pytest.mark.parametrize("task, flags, message", [
+    ("choice", "--no-boxes", ""), ("choice", "--order reversed", "--order reversed"),
+    ("choice", "--order shuffled", "--order shuffled"),
+    ("choice", "--order first", "--order first"),
+    ("choice", "--resize paper", "--resize paper"),
+    ("choice", "--resize proportions", "--resize proportions"),
+    ("choice", "--views 2", "--views 2"), ("choice", "--frames 1", "; 1 frames"),
+    ("choice", "--image_size 48", ""), ("choice", "--max_text_len 5", ""),
+    ("choice", "--temporal time_average", ""), ("choice", "--roll_ratio 0.75", ""),
+    ("choice", "--roll release", ""), ("choice", "--roll_start 2", ""),
+    ("choice", "--roll_select varying", ""), ("choice", "--patch_order random", ""),
+    ("retrieval", "--no-roll_unimodal", ""), ("retrieval", "--rerank 3", "--rerank 3"),
+    ("choice", "--bootstrap 20", "["), ("pretrain", "--objectives mlm", ""),
+    ("fill", "--blind", ""), ("explain", "--block 1", ""), ("search", "--window 1", ""),
+    ("search", "--top 2", ""), ("search", "--rerank 3", "")])
+def test_every_flag_changes_what_is_scored(task, flags, message, films, checkpoint, tmp_path):
+    """The observable is --json, and for what is only printed, the report."""
+    video = film(tmp_path / "wide.mp4", "n=40 w=96 h=64")
+    sample = {"video": str(video), "text": "white ring", "options": ["white ring", "black square"],
+              "texts": ["white ring while red turns green"], "answer": 0}
+    lines = [{**sample, "boxes": [[0, 8, 8, 60, 50]]}, sample, {**sample, "start": 0.5}]
+    if flags != "--no-boxes":
+        del lines[0]["boxes"]
+    (tmp_path / "m.jsonl").write_text(jsonl(*lines, {**sample, "texts": ["black square"]}))
+    words = {"fill": ["--text", "white [MASK] while red"], "explain": ["--text", "white ring"],
+             "search": ["--text", "white ring"]}.get(task, [])
+    printed = []
+    results = []
+    manifest = films / "retrieval.jsonl" if task == "retrieval" else tmp_path / "m.jsonl"
+    for extra in ([], flags.split()):
+        printed.append(run_eval(task, [manifest], checkpoint, *words, *extra,
+                                "--json", tmp_path / "r"))
+        results.append(lines_of(tmp_path / "r"))
+    assert message in printed[1] and (not message or message not in printed[0])
+    assert results[0] != results[1] or "--bootstrap" in flags
 
 
-def test_pretraining_is_scored_by_each_clip_and_each_masked_word(clips, strong, tmp_path):  # Tab. 6
-    found = predicted("pretrain", [clips / "train.jsonl"], strong, tmp_path / "p")
-    model, samples = opened(strong, clips / "train.jsonl", "pretrain")
-    batches = [collate([samples[i, i] for i in range(k, k + 8)], samples, 8) for k in (0, 8, 16)]
-    for place, kind in enumerate(("MLM", "VTM")):
-        labels = torch.cat([batch[f"{kind.lower()}_labels"] for batch in batches])
-        scores = torch.cat([eval.score_pretraining(model, batch)[place] for batch in batches])
-        right = (scores.argmax(-1) == labels)[labels >= 0]                   # else padding
-        assert [(p["label"], p["metrics"]["accuracy %"]) for p in found if p["kind"] == kind] == [
-            (label, 100 * hit) for label, hit in zip(labels[labels >= 0].tolist(), right.tolist())]
+@pytest.mark.parametrize("config, sizes, flag", [              # what a checkpoint passes on
+    ({"resize": "paper"}, {}, "--resize paper"), ({"boxes": False}, {}, "--no-boxes"),
+    ({}, {"frames": 2}, "--frames 2"), ({}, {"image_size": 48}, "--image_size 48"),
+    ({}, {"roll_ratio": 0.5}, "--roll_ratio 0.5"),
+    ({}, {"temporal": "time_average"}, "--temporal time_average")])
+def test_clips_are_scored_as_the_checkpoint_was_trained(config, sizes, flag, films, tmp_path):
+    video = film(tmp_path / "wide.mp4", "n=40 w=96 h=64")
+    line = {"video": str(video), "options": ["white ring", "black square"], "answer": 0}
+    lines = [line] if "boxes" not in config else [{**line, "boxes": [[0, 8, 8, 60, 50]]}]
+    (tmp_path / "m.jsonl").write_text(jsonl(*lines))
+    plain = save_checkpoint(tmp_path / "plain.pt")
+    trained = save_checkpoint(tmp_path / "trained.pt", config=config, **sizes)
+    if "image_size" in sizes:                                  # weights that differ in shape
+        content = torch.load(trained)
+        report = load_weights(AllInOne(Config(**content["sizes"])), torch.load(plain)["model"], "")
+        assert report["resized"] == ["pos_embed"]
+        return
+    default, by_flag, passed_on = (
+        results_of("choice", [tmp_path / "m.jsonl"], path, tmp_path / "r", *flags)
+        for path, flags in ((plain, []), (plain, flag.split()), (trained, [])))
+    assert default != by_flag
+    assert by_flag == passed_on
 
 
-@pytest.mark.parametrize("best, views", [(0, 1), (1, 1), (2, 1), (99, 3), (0, 3)])
-def test_retrieval_ranks_by_cosine_and_its_best_by_vtms_matched_logit(best, views, clips, strong,
-                                                                      tmp_path, monkeypatch):
-    """Each side alone, without padding; of both directions the best by their own cosines."""
-    monkeypatch.setattr(eval, "BLOCK", 30)                       # two or four queries at once
-    predictions = predicted("retrieval", [clips / "retrieval.jsonl"], strong, tmp_path / "p",
-                            "--rerank", best, "--clips", views, "--batch", 3)
-    model, samples = opened(strong, clips / "retrieval.jsonl", "retrieval")
-    samples.views = views
-    items = [samples[i, i] for i in range(7)]
-    videos = [item["video"].view(views, 3, 3, 32, 32) for item in items]
-    texts = [torch.tensor([ids]) for item in items for ids in item["ids"]]
-    with torch.no_grad():
-        video = torch.stack([F.normalize(model.video_proj(model.encode_video(one)[:, 0])).mean(0)
-                             for one in videos])
-        text = torch.cat([model.text_proj(model.encode_text(ids)[:, 0]) for ids in texts])
-        cosines = F.normalize(text) @ video.T                                      # (14, 7)
-        matched = torch.tensor([[model.vtm_head(model(one, ids.expand(views, -1)).pooled)[:, 1]
-                                 .mean() for one in videos] for ids in texts])
-    assert len(predictions) == 14 + 7                            # two captions of each clip
-    for q, prediction in enumerate(predictions):
-        line, k = re.search(r":(\d+)(?:#(\d+))?", prediction["best"]).groups()
-        found = int(line) - 1 if k is None else 2 * int(line) - 2 + int(k)
-        rank, score = (m[q] if q < 14 else m[:, q - 14] for m in (cosines, matched))
-        own = [q // 2] if q < 14 else [2 * (q - 14), 2 * (q - 14) + 1]
-        if best:                                       # the others keep their places, after these
-            among = rank >= rank.topk(min(best, len(rank))).values[-1] - 1e-6
-            rank = torch.where(among, score + 99, rank)
-        assert rank[found] > rank.max() - 2e-5
-        first, last = (int((rank > rank[own].max() + near).sum()) for near in (2e-5, -2e-5))
-        assert first + 1 <= prediction["metrics"]["mean rank"] <= last
+def test_a_flag_stands_above_the_checkpoint(films, tmp_path):
+    plain = save_checkpoint(tmp_path / "plain.pt")
+    trained = save_checkpoint(tmp_path / "trained.pt", config={"resize": "paper"})
+    default, undone = (results_of("choice", [films / "choice.jsonl"], path, tmp_path / "r", *flags)
+                       for path, flags in ((plain, []), (trained, ["--resize", "release"])))
+    assert default == undone
 
 
-def test_the_choice_head_starts_as_the_pretrained_vtm_head(clips, whole_run, tmp_path):
-    questions = clips / "choice.jsonl"                                       # Sec. 4.2.3
-    out = fine_tune("choice", questions, tmp_path / "run", whole_run, "--val", questions, "--lr", 0)
-    tuned, pretrained = (finished(run)[0]["model"] for run in (tmp_path / "run", whole_run))
-    assert torch.equal(tuned["vtm_head.weight"], pretrained["vtm_head.weight"])
-    scored = evaluate("choice", [questions], whole_run / "checkpoint.pt")
-    assert re.search(r"order +\d+\.\d +50\.0 +24", scored)[0] in out and "choice_accuracy" in out
+def test_the_objectives_of_training_are_scored(films, tmp_path):
+    path = save_checkpoint(tmp_path / "c.pt", objectives=["mlm", "vtc"])
+    results = results_of("pretrain", [films / "train.jsonl"], path, tmp_path / "r")
+    assert {result["kind"] for result in results} == {"MLM"}
 
 
-def test_a_probe_moves_nothing_but_its_layer_and_reads_each_clip_once(clips, whole_run, tmp_path):
-    own, out = shutil.copytree(clips, tmp_path / "clips"), tmp_path / "run"
-    shutil.copytree(whole_run, tmp_path / "first")
+@pytest.mark.parametrize("flags, message, code", [
+    ("chose --data x", "--task chose: expected one of choice, retrieval, qa", 2),
+    ("choice", "--task choice needs --data", 2),
+    ("match --text a", "needs --video", 2),
+    ("fill --video x", "needs --text", 2),
+    ("fill --video x --text a", "needs a [MASK]", 2),
+    ("ask --video x --text a b", "several --text", 2),
+    ("choice --data x --batch 0", "--batch, --views and --top must be 1 or more", 2),
+    ("search --video x --text a --window -1", "and --workers must be 0 or more", 2),
+    ("choice --data x --rerank 2", "--rerank is for --task retrieval", 2),
+    ("match --video x --text a --baseline b", "--baseline is for --task attention", 2),
+    ("choice --data x --resize squash", "invalid choice: 'squash'", 2),
+    ("probe --data {films}/qa.jsonl", "fine-tune it with train.py --task probe", 1),
+    ("explain --video x --text a --block 3", "the model has blocks 1 to 2", 1),
+    ("explain --video x --text a --roll_select random", "cannot be put back", 1),
+    ("match --video {empty} --text a", "no clip there", 1),
+    ("match --video {empty}/a.mp4 --text a", "no clip can be read", 1),
+    ("choice --data absent.jsonl", "absent.jsonl: no such", 1)])
+def test_flags_that_do_not_fit_say_why(flags, message, code, films, checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = flags.format(films=films, empty=tmp_path / "empty").split()
+    error = run(eval, "--checkpoint", checkpoint, "--workers", 0, "--task", *flags, code=code)
+    assert message in error
 
-    def probe(*flags):
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-        printed = fine_tune("probe", own / "qa.jsonl", out, tmp_path / "first", *flags)
-        return int((re.findall(r"features of (\d+) clips;", printed) or [0])[0])
 
-    assert probe() == 7                                                              # Tab. 12
-    (probed, _), (pretrained, _) = finished(out), finished(whole_run)
-    assert all(v.equal(probed["model"][k]) for k, v in pretrained["model"].items())
+@pytest.mark.parametrize("objectives, flags, message", [
+    (["vtm", "mlm"], "retrieval --data {films}/retrieval.jsonl", "was not trained with VTC"),
+    (["vtm", "mlm"], "search --video {films} --text a", "was not trained with VTC"),
+    (["mlm"], "choice --data {films}/choice.jsonl", "was not trained to match"),
+    (["mlm"], "match --video {films} --text a", "was not trained to match"),
+    (["vtc"], "retrieval --rerank 2 --data {films}/retrieval.jsonl", "was not trained to match"),
+    (["qa"], "match --video {films} --text a", "was not trained to match")])
+def test_untrained_heads_score_nothing(objectives, flags, message, films, tmp_path):
+    path = save_checkpoint(tmp_path / "c.pt", objectives=objectives)
+    error = run(eval, "--checkpoint", path, "--task", *flags.format(films=films).split(), code=1)
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda c: c["model"]["norm.weight"].fill_(torch.nan), "score is not a number"),
+    (lambda c: c.pop("tokenizer"), "another version of train.py"),
+    (lambda c: c["sizes"].update(colour="red"), "another version"),
+    (lambda c: c.update(tokenizer=re.sub(r'("\[MASK\]": ?)4', r"\g<1>2147483647", c["tokenizer"])),
+     "without large gaps"),
+    (lambda c: c.update(tokenizer="{}"), "tokenizer cannot be read"),
+    (lambda c: c.update(tokenizer=Tokenizer.train(["a b"], 90).words.to_str()), "use --vocab")])
+def test_a_damaged_checkpoint_is_refused(damage, message, films, checkpoint, tmp_path):
+    content = torch.load(checkpoint)
+    damage(content)
+    torch.save(content, tmp_path / "odd.pt")
+    for task in ("choice", "retrieval"):
+        error = run_eval(task, [films / f"{task}.jsonl"], tmp_path / "odd.pt", code=1)
+        assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, run_needed", [
+    ("ask --video x --text a", "qa"), ("search --video x --text a", "retrieval"),
+    ("retrieval --data x", "retrieval"), ("probe --data x", "probe"),
+    ("choice --data x", "pretrain"),
+    ("choice --data x --checkpoint runs/qa/best.pt", "qa")])
+def test_a_missing_checkpoint_names_its_run(flags, run_needed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = run(eval, "--task", *flags.split(), code=1)
+    assert f"runs/{run_needed}/" in error and f"train.py --task {run_needed}" in error
+
+
+@pytest.mark.parametrize("answers, head, takes_over", [
+    (["a", "b"], "paper", True), (["b", "a"], "paper", False), (["a", "b", "c"], "paper", False),
+    (["a", "b"], "linear", False)])
+def test_an_answer_head_is_taken_over_for_its_own_answers(answers, head, takes_over, tmp_path):
+    path = save_checkpoint(tmp_path / "c.pt", "qa", ["qa"], answers=["a", "b"])
+    content = torch.load(path)
+    model, _, listed = eval.load_checkpoint(content, path, answers=answers, answer_head=head)
+    weights = model.state_dict()
+    names = [name for name in content["model"] if re.fullmatch("answer_head.*weight", name)]
+    same = [name in weights and weights[name].equal(content["model"][name]) for name in names]
+    assert listed == answers and all(same) == takes_over == any(same)
+
+
+def release_files(folder, **options) -> tuple[Path, Path]:
+    """(.ckpt, vocab.txt) as the authors' code writes and reads them, of tiny sizes."""
+    weights = release_weights(**options)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, folder / "b.ckpt")
+    tokens = [*data.SPECIALS, *"white black square ring while red turns green blue a".split()]
+    tokens += [f"word{i}" for i in range(60 - len(tokens))]
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    return folder / "b.ckpt", folder / "vocab.txt"
+
+
+def test_a_released_file_is_used_from_the_command_line(films, tmp_path):
+    weights, vocab = release_files(tmp_path, D=64)
+    texts = ["white ring", "a black square while red"]
+    result, = results_of("match", [films / "0.mp4"], weights, tmp_path / "r", "--vocab", vocab,
+                         "--text", *texts)
+    model, report = load_release(weights)
+    assert model.config.heads == 1 and model.config.frames == 3 and not report["initialised"]
+    (tmp_path / "m.jsonl").write_text(jsonl({"video": str(films / "0.mp4"), "texts": texts}))
+    clips = Clips(Manifest(tmp_path / "m.jsonl"), Tokenizer.load(str(vocab)), "retrieval", 3, 64,
+                  10, train=False)
+    item = clips[0, 0]
+    for row, ids in zip(result["captions"], item["all_captions"]):
+        logits = match_logits(model.eval(), item["video"][None], torch.tensor([ids]))
+        assert row["matched"] == pytest.approx(float(logits.softmax(1)[0, 1]), abs=1e-3)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "search"])
+def test_a_released_file_is_searched_by_its_projections(task, films, tmp_path):
+    weights, vocab = release_files(tmp_path, D=64)
+    flags = ["--vocab", vocab, "--text", "white ring"] if task == "search" else ["--vocab", vocab]
+    files = [films / "retrieval.jsonl"] if task == "retrieval" else [films]
+    results = results_of(task, files, weights, tmp_path / "r", *flags)
+    assert len(results) == (5 if task == "search" else 24)
+    content = torch.load(weights)["state_dict"]
+    content = {name: content[name] for name in content if "_proj." not in name[:16]}
+    torch.save({"state_dict": content}, tmp_path / "pretrained.ckpt")
+    assert "was not trained with VTC" in run_eval(task, files, tmp_path / "pretrained.ckpt", *flags,
+                                                  code=1)
+
+
+def test_a_released_file_with_another_vocabulary_is_refused(films, tmp_path):
+    weights, vocab = release_files(tmp_path, D=64)
+    vocab.write_text("\n".join([*data.SPECIALS, "white"]))
+    error = run_eval("match", [films / "0.mp4"], weights, "--vocab", vocab, "--text", "a", code=1)
+    assert "the vocabulary has 6 words" in error and "60: use --vocab" in error
+
+
+# ---- Fine-tuning, and weights of other people, through both command lines ------------------------
+
+def test_the_choice_head_starts_as_vtms(clips, whole_run, tmp_path):               # Sec. 4.2.3
+    questions = clips / "choice.jsonl"
+    printed = fine_tune("choice", questions, tmp_path / "run", whole_run, "--val", questions,
+                        "--lr", 0)
+    tuned, _ = finished(tmp_path / "run")
+    pretrained, _ = finished(whole_run)
+    assert torch.equal(tuned["model"]["vtm_head.weight"], pretrained["model"]["vtm_head.weight"])
+    zero_shot = run_eval("choice", [questions], whole_run / "checkpoint.pt")
+    assert re.search(r"order +\d+\.\d +50\.0 +24", zero_shot)[0] in printed
+
+
+@pytest.fixture
+def probe(clips, whole_run, tmp_path):
+    """A function that trains a probe and returns how many clips it encoded anew."""
+    folder = shutil.copytree(clips, tmp_path / "clips")
+    shutil.copytree(whole_run, tmp_path / "init")
+
+    def train_probe(*flags) -> int:
+        (tmp_path / "run" / "checkpoint.pt").unlink(missing_ok=True)
+        printed = fine_tune("probe", folder / "qa.jsonl", tmp_path / "run", tmp_path / "init",
+                            *flags)
+        computed = re.findall(r"features of (\d+) clips computed", printed)
+        return int((computed or [0])[0])
+    return train_probe
+
+
+def test_a_probe_moves_only_its_layer(probe, whole_run, tmp_path):                     # Tab. 12
+    probe()
+    probed, _ = finished(tmp_path / "run")
+    pretrained, _ = finished(whole_run)
+    for name, tensor in pretrained["model"].items():
+        assert tensor.equal(probed["model"][name])
     assert probed["model"].keys() - pretrained["model"].keys() == {
         "answer_head.0.weight", "answer_head.0.bias"}
-    assert probe("--lr", 1) == 0                                         # kept
-    assert not finished(out)[0]["model"]["answer_head.0.weight"].equal(
-        probed["model"]["answer_head.0.weight"])
-    printed = evaluate("probe", [own / "qa.jsonl"], out / "checkpoint.pt")
-    assert re.search(r"top-1 % +top-5 % +top-10 %.*\n.*\d\.\d +\d+\.\d +\d+\.\d", printed)
-    shutil.copy(own / "9.mp4", own / "2.mp4")                            # another clip of that name
+
+
+def test_a_probe_learns(probe, tmp_path):
+    heads = []
+    for lr in ("0", "1"):
+        probe("--lr", lr)
+        content, _ = finished(tmp_path / "run")
+        heads.append(content["model"]["answer_head.0.weight"])
+    assert not heads[0].equal(heads[1])
+
+
+def test_a_probe_encodes_each_clip_once(probe, tmp_path):
+    assert [probe(), probe("--lr", 1)] == [7, 0]
+    shutil.copy(tmp_path / "clips" / "9.mp4", tmp_path / "clips" / "2.mp4")    # another clip
     assert probe() == 1
-    (out / "features.pt").write_bytes(b"damaged")                        # no more than a cache
+    (tmp_path / "run" / "features.pt").write_bytes(b"damaged")                 # only a cache
     assert probe() == 7
-    pretrained["model"]["norm.bias"] += 1                                # other weights
-    torch.save(pretrained, tmp_path / "first" / "checkpoint.pt")
+    path = tmp_path / "init" / "checkpoint.pt"
+    content = torch.load(path)
+    content["model"]["norm.bias"] += 1                                         # other weights
+    torch.save(content, path)
     assert probe() == 7
-    (own / "3.mp4").unlink()
-    fine_tune("probe", own / "qa.jsonl", tmp_path / "other", whole_run)
-    log = (tmp_path / "other" / "log.jsonl").read_text()
+
+
+def test_a_probe_is_scored_by_its_best_classes(probe, tmp_path):
+    probe()
+    printed = run_eval("probe", [tmp_path / "clips" / "qa.jsonl"],
+                       tmp_path / "run" / "checkpoint.pt")
+    assert re.search(r"top-1 % +top-5 % +top-10 %.*\n.*\d\.\d +\d+\.\d +\d+\.\d", printed)
+
+
+def test_a_probe_names_what_it_cannot_read(probe, tmp_path):
+    (tmp_path / "clips" / "3.mp4").unlink()
+    assert probe() == 6
+    log = (tmp_path / "run" / "log.jsonl").read_text()
     assert "3.mp4" in log and '"unreadable": 1' in log
 
 
-def test_open_questions_are_answered_by_a_two_layer_mlp_of_768(clips, whole_run, tmp_path):
-    out = tmp_path / "run"                                                         # Sec. 4.2.1
-    fine_tune("qa", clips / "qa.jsonl", out, whole_run, "--val_every", 1, "--steps", 12,
-              "--lr", "2e-2", "--val", clips / "qa.jsonl")
-    content, _ = finished(out)
-    weights, answers = content["model"], content["answers"]
-    model = opened(out / "checkpoint.pt", clips / "qa.jsonl", "qa")[0]
+def test_questions_are_answered_by_an_mlp_of_768(clips, whole_run, tmp_path):        # Sec. 4.2.1
+    fine_tune("qa", clips / "qa.jsonl", tmp_path / "run", whole_run)
+    content, _ = finished(tmp_path / "run")
+    weights = content["model"]
     assert weights["answer_head.0.weight"].shape == (768, 32)
-    assert weights["answer_head.2.weight"].shape == (len(answers), 768)
+    assert weights["answer_head.2.weight"].shape == (len(content["answers"]), 768)
+    model, _ = open_model(tmp_path / "run" / "checkpoint.pt", clips / "qa.jsonl", "qa")
     x = torch.randn(3, 32)
     hidden = F.gelu(F.linear(x, weights["answer_head.0.weight"], weights["answer_head.0.bias"]))
-    assert torch.allclose(model.answer_head(x), F.linear(
-        hidden, weights["answer_head.2.weight"], weights["answer_head.2.bias"]), atol=1e-5)
-    scores = [line["result"]["all"] for line in lines_of(out / "log.jsonl") if "result" in line]
-    best = torch.load(out / "best.pt", weights_only=True)["state"]
-    assert len(set(scores)) > 1 and max(scores) > scores[0] and best["best"] == max(scores)
-    assert best["step"] == 1 + scores.index(max(scores))                 # the first of the best
-    found = predicted("qa", [clips / "qa.jsonl"], out / "best.pt", tmp_path / "p", "--clips", "3")
-    assert [one["label"] for one in found] == [
-        answers.index(line["answer"]) for line in lines_of(clips / "qa.jsonl")]
-    err = fine_tune("qa", clips / "train.jsonl", tmp_path / "none", whole_run, code=1)
-    assert 'no line has an "answer"' in err
+    logits = F.linear(hidden, weights["answer_head.2.weight"], weights["answer_head.2.bias"])
+    assert torch.allclose(model.answer_head(x), logits, atol=1e-5)
 
 
-def test_a_head_for_other_answers_is_not_taken_over_and_a_resumed_one_keeps_its_own(
-        clips, whole_run, tmp_path):
-    own, out = shutil.copytree(clips, tmp_path / "clips"), tmp_path / "probe"
-    manifest, listed = own / "qa.jsonl", own / "answers.json"
-    fine_tune("probe", manifest, out, whole_run)
-    answers = finished(out)[0]["answers"]
-    shutil.copytree(out, tmp_path / "init")
-    listed.write_text(json.dumps(answers[::-1]))
-    printed = fine_tune("probe", manifest, out, whole_run, "--steps", 4)
+def test_labels_are_places_in_the_checkpoints_answers(clips, whole_run, tmp_path):
+    fine_tune("qa", clips / "qa.jsonl", tmp_path / "run", whole_run)
+    answers = finished(tmp_path / "run")[0]["answers"]
+    results = results_of("qa", [clips / "qa.jsonl"], tmp_path / "run" / "checkpoint.pt",
+                         tmp_path / "r", "--views", 3)
+    labels = [answers.index(line["answer"]) for line in lines_of(clips / "qa.jsonl")]
+    assert [result["label"] for result in results] == labels
+
+
+def test_a_resumed_head_keeps_its_answers(clips, whole_run, tmp_path):
+    folder = shutil.copytree(clips, tmp_path / "clips")
+    fine_tune("qa", folder / "qa.jsonl", tmp_path / "run", whole_run)
+    answers = finished(tmp_path / "run")[0]["answers"]
+    (folder / "answers.json").write_text(json.dumps(answers[::-1]))
+    printed = fine_tune("qa", folder / "qa.jsonl", tmp_path / "run", whole_run, "--steps", 4)
     assert "the answers of the data have changed; those of the checkpoint count" in printed
-    assert finished(out)[0]["answers"] == answers
-    printed = fine_tune("probe", manifest, tmp_path / "other", tmp_path / "init")
-    assert "answer_head.0.weight" in printed                   # a new head
-    for content, message in ('["zebra"]', "holds no answer of"), ("{", "not a JSON list"):
-        listed.write_text(content)
-        assert message in fine_tune("qa", manifest, tmp_path / "none", tmp_path / "init", code=1)
-    listed.unlink()
-    printed = fine_tune("qa", manifest, tmp_path / "qa", tmp_path / "init")
-    assert "answer_head.2.weight" in printed                   # of two layers
-    assert "initialised" not in fine_tune("probe", manifest, tmp_path / "same", tmp_path / "init")
+    assert finished(tmp_path / "run")[0]["answers"] == answers
 
 
-def test_frames_can_be_shuffled_reversed_or_repeated_and_the_report_says_so(
-        clips, whole_run, tmp_path):
-    plain = clips_of(tmp_path, ["a dog", "a cat"], train=False, views=2, frames=8)
-    kept, turned, first, shuffled = (replace(plain, order=order)[0, 0]["video"] for order in
-                                     ("kept", "reversed", "first", "shuffled"))       # (K, S, ...)
-    assert turned.equal(kept.flip(1)) and first.equal(kept[:, :1].expand_as(kept))
-    places = (shuffled[0, :, None] == kept[0]).flatten(2).all(2).float().argmax(1).tolist()
-    assert sorted(places) == list(range(8)) != places and shuffled.equal(kept[:, places])
-    other = replace(plain, order="shuffled")[1, 1]["video"]      # each clip by its number
-    assert not other.equal(kept[:, places])
-    (tmp_path / "msrvtt_mc").symlink_to(clips)                   # README has the paper's numbers
-    manifest, checkpoint = tmp_path / "msrvtt_mc" / "choice.jsonl", whole_run / "checkpoint.pt"
-    printed = evaluate("choice", [manifest], checkpoint, "--order", "reversed", "--bootstrap", 20,
-                       "--json", tmp_path / "p")
-    assert "--order reversed" in printed and "paper: | msrvtt_mc, lsmdc_mc | choice" in printed
-    assert re.search(r"order +\d+\.\d \[\d+\.\d, \d+\.\d\] +50\.0 \[50\.0, 50\.0\] +24", printed)
-    for one, other in zip(lines_of(tmp_path / "p"), predicted(
-            "choice", [clips / "choice.jsonl"], checkpoint, tmp_path / "q")):
-        assert one["index"] == other["index"] and one["scores"] != other["scores"]
+@pytest.mark.parametrize("content, message", [
+    ('["zebra"]', "holds no answer of"), ("{", "not a JSON list"),
+    (None, 'no line has an "answer"')])
+def test_answers_of_other_data_are_refused(content, message, clips, whole_run, tmp_path):
+    folder = shutil.copytree(clips, tmp_path / "clips")
+    name = "train.jsonl" if content is None else "qa.jsonl"
+    if content:
+        (folder / "answers.json").write_text(content)
+    assert message in fine_tune("qa", folder / name, tmp_path / "run", whole_run, code=1)
+
+
+@pytest.mark.parametrize("distilled", [False, True])           # DeiT's second classifier
+def test_vit_and_deit_files_start_a_run(distilled, clips, tmp_path):                  # Tab. 6
+    weights = vit_weights(distilled=distilled)                 # 64 pixels; the run has 32
+    torch.save({"model": weights}, tmp_path / "deit.pth")
+    flags = ["--distilled"] if distilled else []
+    pretrain(clips, tmp_path / "run", "--init", tmp_path / "deit.pth", "--depth", 3, "--lr", 0,
+             "--steps", 1, *flags)
+    model = finished(tmp_path / "run")[0]["model"]
+    special = 2 if distilled else 1
+    assert model["pos_embed"].shape == (1, special + 4, 32)
+    assert model["pos_embed"][:, :special].equal(weights["pos_embed"][:, :special])
+    for name, tensor in weights.items():
+        if name.startswith(("blocks.", "norm.", "cls_token", "dist_token", "patch_embed.")):
+            assert model[name].equal(tensor)
+    results = results_of("choice", [clips / "choice.jsonl"], tmp_path / "run" / "checkpoint.pt",
+                         tmp_path / "r")
+    assert len(results) == 24
+
+
+def test_a_released_file_is_fine_tuned_and_scored(clips, whole_run, tmp_path):
+    """With a learning rate of 0 the checkpoint answers as the authors' file does."""
+    weights, vocab = release_files(tmp_path, D=64)
+    flags = ["--vocab", vocab, "--resize", "release"]
+    fine_tune("retrieval", clips / "retrieval.jsonl", tmp_path / "run", whole_run, "--init",
+              weights, "--lr", 0, *flags)
+    tuned, released = (results_of("retrieval", [clips / "retrieval.jsonl"], path, tmp_path / "r",
+                                  "--rerank", 2, *flags)
+                       for path in (tmp_path / "run" / "checkpoint.pt", weights))
+    assert tuned == released
+    sizes = finished(tmp_path / "run")[0]["sizes"]
+    assert (sizes["heads"], sizes["frames"], sizes["max_text_len"], sizes["image_size"]) == (
+        1, 3, 10, 64)
 
 
 # ---- On any video (Sec. 4.6, Fig. 4, 6, 11; Tab. 14) ---------------------------------------------
 
-def test_fill_and_match_give_the_models_own_chances_for_each_video(clips, strong, tmp_path):
-    texts = ["[MASK] square while red turns [MASK]", "white ring while red turns green"]
-    files = clips / "0.mp4", clips / "1.mp4"
-    manifest, saved = tmp_path / "m.jsonl", tmp_path / "found.jsonl"
-    manifest.write_text(json.dumps({"video": str(clips / "1.mp4"), "texts": texts}))
-    model, samples = opened(strong, manifest, "retrieval")
-    tokenizer = samples.tokenizer
-    batch = collate([samples[0, 0]], samples)
-    video, ids, mask = batch["video"], batch["text_ids"], batch["text_mask"]
-    features = model(video.expand(2, -1, -1, -1, -1), ids, mask)
-    masks = ids[0] == tokenizer.mask_id
-    seen = model.mlm_head(features.text[0, masks]).softmax(-1).max(-1)
-    blind = model.mlm_head(model.encode_text(ids[:1], mask[:1])[0, masks]).softmax(-1).max(-1)
-    matched = model.vtm_head(features.pooled).detach()
-    for flags, best in (((), seen), (("--blind",), blind)):
-        filled = predicted("fill", files, strong, saved, "--text", texts[0], *flags)[1]["masks"]
-        assert len(filled) == 2 and all(len(row) == 5 for row in filled)
-        for (word, p), value, number in zip((row[0] for row in filled), *best):
-            assert word == tokenizer.words.id_to_token(int(number)) and abs(p - value) < 1e-3
-    captions = predicted("match", files, strong, saved, "--text", *texts)[1]["captions"]
-    assert [c[0] for c in captions] == texts
-    among, alone = matched[:, 1].softmax(0), matched.softmax(1)[:, 1]
-    assert np.allclose([c[1:] for c in captions], torch.stack([among, alone], 1), atol=1e-3)
+def test_fill_gives_the_likeliest_words(films, checkpoint, tmp_path):
+    text = "[MASK] square while red turns [MASK]"
+    model, clips = open_model(checkpoint, films / "train.jsonl", "retrieval")
+    video = clips[1, 1]["video"][None]
+    ids = torch.tensor([clips.encode(text)])
+    masks = ids[0] == clips.tokenizer.mask_id
+    with torch.no_grad():
+        seen = model.mlm_head(model(video, ids).text[0, masks]).softmax(-1)
+        blind = model.mlm_head(model.encode_text(ids)[0, masks]).softmax(-1)
+    for flags, expected in (([], seen), (["--blind"], blind)):
+        files = [films / "0.mp4", films / "1.mp4"]
+        rows = results_of("fill", files, checkpoint, tmp_path / "r", "--text", text, *flags)
+        rows = rows[1]["words"]
+        assert [row["mask"] for row in rows] == [1] * 5 + [2] * 5
+        for row, p in zip(rows, torch.cat([*expected.topk(5).values]).tolist()):
+            assert row["probability"] == pytest.approx(p, abs=1e-3)
+            word = clips.tokenizer.words.token_to_id(row["word"])
+            assert expected[row["mask"] - 1, word] == pytest.approx(p, abs=1e-3)
 
 
-@pytest.mark.parametrize("temporal", ["token_rolling", "flatten"])             # Fig. 4, 6, 11
-def test_explain_and_attention_share_out_a_whole(temporal, clips, strong, tmp_path):
-    flags = ["--text", "white [MASK] while red", "--temporal", temporal, "--out", tmp_path,
-             "--patch_order", "random"]               # patches are drawn where they are, even so
-    for block in ("0", "2"):
-        first = predicted("explain", [clips / "0.mp4"], strong, tmp_path / "f", "--block", block,
-                          *flags)[0]
-        assert first["words"][::2] == ["white", "while"] and "[MASK]" not in first["words"]
-        maps = torch.tensor(first["maps"])
-        assert maps.shape == (4, 3, 2, 2) and torch.allclose(maps.sum((1, 2, 3)), torch.ones(4))
-        with Image.open(tmp_path / "explain-1.png") as picture:
-            assert picture.size == (4 * 112, 4 * 128)              # a row of frames for each word
-    model, samples = opened(strong, clips / "train.jsonl", "pretrain", temporal=temporal)
-    video, ids = samples[0, 0]["video"][None], torch.tensor([samples.encode(
-        " ".join(first["words"]))])
-    rows = []
-    model.blocks[1].norm1.register_forward_hook(lambda module, args, out: rows.append(out))
-    model(video, ids)
-    spent = model.blocks[1].attn.weights(rows[0])[:, 1:5].detach()
-    spent = spent[:, :, 6:].reshape(-1, 4, 3 if temporal == "flatten" else 1, 5)[..., 1:]
-    expected = spent.transpose(1, 2).flatten(0, 1).transpose(0, 1)             # words, S, patches
-    if temporal == "token_rolling":                                # two rolls of 1 of 4 patches
-        expected[:, :, 0] = expected[:, :, 0].roll(-2, 1)
-    expected = expected / expected.sum((1, 2), keepdim=True)
-    assert torch.allclose(maps.flatten(2), expected, atol=1e-4)
-    found, = predicted("attention", [clips / "0.mp4"], strong, tmp_path / "f", *flags)
-    for row in found["blocks"]:
-        assert sum(row[name] for name in ("text", "cls", "own", "rolled")) == pytest.approx(1)
-        assert (row["rolled"] > 0) == (temporal == "token_rolling")
-    files = clips / "0.mp4", clips / "0.png"                # an image, where nothing rolls, is out
-    alone, mixed = (re.findall("^block.*", evaluate("attention", some, strong, *flags), re.M)
-                    for some in (files[:1], files))
-    assert len(alone) == 2 and alone == mixed
-    with Image.open(tmp_path / "attention.png") as picture:
-        assert picture.size == (640, 360)
+def test_match_compares_texts_of_different_lengths(films, checkpoint, tmp_path):
+    texts = ["white ring", "black square while red turns green around it"]
+    result, = results_of("match", [films / "0.mp4"], checkpoint, tmp_path / "r", "--text", *texts)
+    model, clips = open_model(checkpoint, films / "train.jsonl", "retrieval")
+    logits = torch.cat([match_logits(model, clips[0, 0]["video"][None],
+                                     torch.tensor([clips.encode(text)])) for text in texts])
+    assert [row["text"] for row in result["captions"]] == texts
+    for row, among, matched in zip(result["captions"], logits[:, 1].softmax(0), logits.softmax(1)):
+        assert row["among_texts"] == pytest.approx(float(among), abs=1e-3)
+        assert row["matched"] == pytest.approx(float(matched[1]), abs=1e-3)
 
 
-def test_windows_are_cut_between_the_start_and_end_of_a_line(tmp_path):
-    spans = [{}, {"start": 0.5, "end": 1.75}, {"start": 0.25, "end": 0.75}, {"start": 1.25}]
-    video = film(tmp_path / "a.mp4", "n=60 rate=30")                # two seconds
-    lines = [{"video": str(video)} | span for span in spans] + [{"video": "still", "image": True}]
+def test_ask_gives_the_likeliest_answers(films, tmp_path):
+    path = answering_checkpoint(tmp_path, "qa")
+    result, = results_of("ask", [films / "0.mp4"], path, tmp_path / "r", "--text",
+                         "what shape is it?")
+    scored = results_of("qa", [films / "qa.jsonl"], path, tmp_path / "q")[0]
+    assert [row["answer"] for row in result["answers"]] == scored["answers"]
+    assert sum(row["probability"] for row in result["answers"]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("fields, origins", [                  # of slots 0 and 1 of three frames
+    ({}, [[2, 0], [0, 1], [1, 2]]),
+    ({"temporal": "time_average"}, [[0, 0], [1, 1], [2, 2]]),
+    ({"temporal": "flatten"}, [[0, 0], [1, 1], [2, 2]]),
+    ({"temporal": "channel_shift"}, [[0, 0], [1, 1], [2, 2]]),
+    ({"temporal": "timesformer"}, [[0, 0], [1, 1], [2, 2]]),
+    ({"roll_start": 2}, [[0, 0], [1, 1], [2, 2]])])
+def test_a_patch_is_followed_to_its_frame(fields, origins):
+    model = build(roll_ratio=1 / 16, **fields)
+    assert eval.patch_origins(model, 3, 5)[0][:, :2].tolist() == [
+        [row[0], row[1]] for row in origins]
+
+
+def test_two_way_rolling_with_two_class_tokens_is_followed():  # All-in-one-S
+    model = build(roll="release", distilled=True, roll_ratio=0.5)      # 17 slots, of which 4 + 4
+    origin = eval.patch_origins(model, 3, 5)[0][0].tolist()            # frame 0, without the second
+    assert origin == [2] * 3 + [0] * 9 + [1] * 4
+
+
+def test_three_rolls_of_three_frames_bring_patches_home():
+    model = build(depth=3)
+    last = eval.patch_origins(model, 3, 5)[-1]
+    assert last.equal(torch.arange(3)[:, None].expand(3, 16))
+
+
+class SwappedFrames(AllInOne):
+    """A new mixing, as a user adds it: the last patches change places, a gate adds a little."""
+
+    def mix_frames(self, z, frames, text_length, layer, mask=None):
+        mixed = z + 0.1 * z.mean(0)
+        mixed[:, -1] = z[:, -1].flip(0)
+        return mixed
+
+
+def test_a_new_mixing_is_followed_without_a_rule():
+    origins = eval.patch_origins(SwappedFrames(TINY), 3, 5)
+    assert origins[0][:, -2:].tolist() == [[0, 2], [1, 1], [2, 0]]
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_maps_of_words_sum_to_one(block, films, checkpoint, tmp_path):                 # Fig. 6
+    result, = results_of("explain", [films / "0.mp4"], checkpoint, tmp_path / "r",
+                         "--block", block, "--text", "white [MASK] while red")
+    assert result["words"][::2] == ["white", "while"] and "[MASK]" not in result["words"]
+    maps = torch.tensor(result["maps"])
+    assert maps.shape == (4, 3, 2, 2)                          # words, frames, rows, columns
+    assert torch.allclose(maps.sum((1, 2, 3)), torch.ones(4))
+
+
+@pytest.mark.parametrize("temporal", ["token_rolling", "flatten"])
+def test_a_map_is_the_attention_in_the_patches_own_frames(temporal, films, checkpoint, tmp_path):
+    flags = ["--block", 2, "--text", "white ring while red", "--temporal", temporal]
+    result, = results_of("explain", [films / "0.mp4"], checkpoint, tmp_path / "r", *flags,
+                         "--patch_order", "random")            # the patches keep their places
+    model, tokenizer, _ = eval.load_checkpoint(torch.load(checkpoint), checkpoint,
+                                               temporal=temporal)
+    _, clips = open_model(checkpoint, films / "train.jsonl", "pretrain")
+    inputs = []
+    norm = model.eval().blocks[1].norm1
+    norm.register_forward_hook(lambda module, args, output: inputs.append(output))
+    model(clips[0, 0]["video"][None], torch.tensor([clips.encode("white ring while red")]))
+    shares = model.blocks[1].attn.weights(inputs[0])[:, 1:5, 6:]           # of four words, on video
+    rows = 3 if temporal == "flatten" else 1
+    shares = shares.reshape(-1, 4, rows, 5)[..., 1:].transpose(1, 2).flatten(0, 1).transpose(0, 1)
+    if temporal == "token_rolling":                            # two rolls of 1 of 4 patches
+        shares = torch.cat([shares[:, :, :1].roll(-2, 1), shares[:, :, 1:]], 2)
+    expected = shares / shares.sum((1, 2), keepdim=True)
+    assert torch.allclose(torch.tensor(result["maps"]).flatten(2), expected.detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize("temporal", ["token_rolling", "time_average", "flatten"])
+def test_attention_is_shared_out_whole(temporal, films, checkpoint, tmp_path):         # Fig. 4
+    result, = results_of("attention", [films / "0.mp4"], checkpoint, tmp_path / "r",
+                         "--text", "white ring", "--temporal", temporal)
+    assert [block["block"] for block in result["blocks"]] == [1, 2]
+    for block in result["blocks"]:
+        assert sum(block[name] for name in ("text", "cls", "own", "rolled")) == pytest.approx(1)
+        frames = torch.tensor(block["frames"])                 # own and rolled of each
+        assert frames.sum(0).tolist() == pytest.approx([block["own"], block["rolled"]])
+        assert (block["rolled"] > 0) == (temporal == "token_rolling")
+
+
+def test_images_stay_out_of_the_mean_attention(films, checkpoint):             # nothing rolls there
+    printed = []
+    for files in ([films / "0.mp4"], [films / "0.mp4", films / "still.png"]):
+        text = run_eval("attention", files, checkpoint, "--text", "white ring")
+        printed.append(text.partition("shares of")[2])
+    assert printed[0] == printed[1] and "frame 3 rolled" in printed[0]
+
+
+def test_attention_stands_beside_a_baseline(films, checkpoint, tmp_path):
+    baseline = save_checkpoint(tmp_path / "baseline.pt", temporal="time_average")
+    printed = run_eval("attention", [films / "0.mp4"], checkpoint, "--text", "white ring",
+                       "--baseline", baseline, "--out", tmp_path)
+    alone = run_eval("attention", [films / "0.mp4"], baseline, "--text", "white ring")
+    assert alone.partition("shares of")[2] in printed
+    with Image.open(tmp_path / "attention.png") as image:
+        assert image.size == (960, 720)                        # two diagrams for each checkpoint
+
+
+@pytest.mark.parametrize("sample, windows", [
+    ({}, [(0, 1), (1, 2)]),
+    ({"start": 0.5, "end": 1.75}, [(0.5, 1.5), (1.5, 1.75)]),
+    ({"start": 0.25, "end": 0.75}, [(0.25, 0.75)]),
+    ({"start": 1.25}, [(1.25, 2)])])
+def test_windows_lie_between_start_and_end(sample, windows, tmp_path):
+    video = film(tmp_path / "a.mp4", "n=60 rate=30")           # two seconds
+    cut = eval.cut_windows({"video": str(video), **sample}, 1.0)
+    assert [(window["start"], window["end"]) for window in cut] == windows
+
+
+def test_an_image_is_not_cut(films):
+    image = {"video": str(films / "still.png")}
+    assert eval.cut_windows(image, 1.0) == [image]
+
+
+@pytest.mark.parametrize("before, after", [
+    ({}, {"start": 1.0}), ({"start": 1.0}, {"start": 1.0, "end": 2.0}), ({"fps": 1}, {"fps": 2}),
+    ({"member": {"name": "a.mp4", "offset": 512, "size": 9}},
+     {"member": {"name": "b.mp4", "offset": 1536, "size": 9}}),
+    ({"boxes": []}, {"boxes": [[0, 0, 0, 1, 1]]})])
+def test_features_are_of_one_part_of_a_file(before, after):
+    assert eval.clip_key({"video": "a", **before}) != eval.clip_key({"video": "a", **after})
+
+
+def test_features_are_of_the_bytes_of_a_file(tmp_path):
+    keys = []
+    for content in (b"a", b"ab"):
+        (tmp_path / "a").write_bytes(content)
+        keys.append(eval.clip_key({"video": str(tmp_path / "a")}))
+    os.utime(tmp_path / "a", (1, 1))                           # as many bytes, another time
+    keys.append(eval.clip_key({"video": str(tmp_path / "a")}))
+    assert len(set(keys)) == 3
+
+
+def test_two_windows_of_a_film_have_features_of_their_own(films, checkpoint, tmp_path):
+    lines = [{"video": str(films / "0.mp4"), "start": 0, "end": 1},
+             {"video": str(films / "0.mp4"), "start": 2, "end": 3}]
     (tmp_path / "m.jsonl").write_text(jsonl(*lines))
-    *cut, image = Manifest(eval.video_manifest(eval.EvalConfig(
-        video=(str(tmp_path / "m.jsonl"),), window=1.0)))
-    assert [(line.get("start"), line.get("end")) for line in cut] == [
-        (0, 1), (1, 2), (0.5, 1.5), (1.5, 1.75), (0.25, 0.75), (1.25, 2)]
-    assert data.is_image(image) and "end" not in image
+    run_eval("search", [tmp_path / "m.jsonl"], checkpoint, "--text", "a", "--index", tmp_path / "i")
+    early, late = torch.load(tmp_path / "i")["features"]
+    assert (early - late).abs().max() > 1e-3
 
 
-def test_a_stored_index_answers_as_a_fresh_one_and_reads_only_what_changed(clips, strong, tmp_path):
+@pytest.fixture
+def library(films, tmp_path) -> Path:
+    """A folder of four clips and a broken one."""
+    folder = tmp_path / "library"
+    folder.mkdir()
     for i in range(4):
-        shutil.copy(clips / f"{i}.mp4", tmp_path / f"{i}.mp4")
-    (tmp_path / "broken.mp4").write_bytes(b"not a film")
+        shutil.copy(films / f"{i}.mp4", folder / f"{i}.mp4")
+    (folder / "broken.mp4").write_bytes(b"not a film")
+    return folder
 
-    def search(*flags, checkpoint=strong):
-        out = evaluate("search", [tmp_path], checkpoint, "--text", "white ring", "a square", *flags)
-        assert "left out" in out and "broken.mp4" in out
-        return ([json.loads(line) for line in out.splitlines() if line.startswith("{")],
-                re.findall(r"features of (\d+) clips;", out))
 
-    index = ("--index", tmp_path / "clips.idx")
-    fresh, stored, again = search(), search(*index), search(*index)
-    assert fresh[0] == stored[0] == again[0] and (stored[1], again[1]) == (["4"], ["0"])
+def search(library, weights, *flags) -> tuple[list[dict], int]:
+    """(results of two texts, how many clips were encoded)."""
+    saved = library.parent / "results.jsonl"
+    printed = run_eval("search", [library], weights, "--text", "white ring", "a square",
+                       "--json", saved, *flags)
+    assert "unreadable: " in printed and "broken.mp4" in printed
+    computed = re.findall(r"features of (\d+) clips computed", printed)
+    return lines_of(saved), int((computed or [0])[0])
+
+
+def test_search_orders_by_cosine(library, checkpoint):
+    results, _ = search(library, checkpoint)
+    for text in ("white ring", "a square"):
+        cosines = [result["cosine"] for result in results if result["text"] == text]
+        assert len(cosines) == 4 and cosines == sorted(cosines, reverse=True)
+
+
+def test_a_stored_index_answers_as_a_fresh_one(library, checkpoint, tmp_path):
+    index = ["--index", tmp_path / "clips.idx"]
+    fresh, _ = search(library, checkpoint)
+    assert search(library, checkpoint, *index) == (fresh, 5 - 1)
+    assert search(library, checkpoint, *index)[0] == fresh
     assert torch.load(tmp_path / "clips.idx")["features"].dtype == torch.float16
-    shutil.copy(clips / "9.mp4", tmp_path / "2.mp4")               # other bytes, the same name
-    changed = search(*index)
-    assert changed[1] == ["1"] and changed[0] == search()[0] != fresh[0]
-    for shown in zip(*[iter(search("--rerank", "4")[0])] * 4):     # all four of each text
-        matched, cosines = ([one[name] for one in shown] for name in ("matched", "cosine"))
-        assert matched == sorted(matched, reverse=True) and cosines != sorted(cosines, reverse=True)
-    by_cosine, content = changed[0][:4], torch.load(strong, weights_only=True)
-    for bias in (0, 6):                                            # VTM is sure that none fits
-        content["model"]["vtm_head.bias"] += torch.tensor([bias, -bias])
-        torch.save(content, tmp_path / "unsure.pt")
-        best = search("--rerank", "2", checkpoint=tmp_path / "unsure.pt")[0][:4]
-        assert best[2:] == by_cosine[2:] and best[0]["matched"] >= best[1]["matched"]
-        assert [one["cosine"] for one in sorted(best[:2], key=lambda one: -one["cosine"])] == [
-            one["cosine"] for one in by_cosine[:2]]
-    assert best[0]["matched"] < best[2]["cosine"]                  # the two are first even so
-    assert len(search("--rerank", "3", "--window", "1")[0]) == 10
-    (tmp_path / "film.mp4").write_bytes(b"not an index")
-    for checkpoint, other, order, message in [
-            (strong, strong, "kept", "holds no features"),
-            (strong, tmp_path / "film.mp4", "kept", "or damaged"),
-            (tmp_path / "unsure.pt", index[1], "kept", "those of other weights"),
-            (strong, index[1], "first", "or flags")]:
-        before, flags = other.read_bytes(), ("--text", "a", "--index", other, "--order", order)
-        assert message in evaluate("search", [tmp_path], checkpoint, *flags, code=1)
-        assert other.read_bytes() == before                        # never written over
+
+
+def test_an_index_reads_only_what_changed(films, library, checkpoint, tmp_path):
+    index = ["--index", tmp_path / "clips.idx"]
+    search(library, checkpoint, *index)
+    shutil.copy(films / "7.mp4", library / "2.mp4")            # other bytes, the same name
+    results, computed = search(library, checkpoint, *index)
+    assert computed == 1 and results == search(library, checkpoint)[0]
+
+
+def test_the_best_by_cosine_are_reranked(library, checkpoint, tmp_path):
+    """Two of four, however low their probabilities are."""
+    by_cosine, _ = search(library, checkpoint)
+    content = torch.load(checkpoint)
+    content["model"]["vtm_head.bias"] += torch.tensor([6.0, -6.0])
+    torch.save(content, tmp_path / "unsure.pt")                # sure that no text fits
+    reranked, _ = search(library, tmp_path / "unsure.pt", "--rerank", 2)
+    best = reranked[:4]
+    assert best[0]["matched"] >= best[1]["matched"] and "matched" not in best[2]
+    assert {result["video"] for result in best[:2]} == {r["video"] for r in by_cosine[:2]}
+    assert [r["video"] for r in best[2:]] == [r["video"] for r in by_cosine[2:4]]
+
+
+def test_reranking_looks_beyond_the_results_printed(library, checkpoint):
+    few, _ = search(library, checkpoint, "--rerank", 4, "--top", 1)
+    every, _ = search(library, checkpoint, "--rerank", 4)
+    assert few == [every[0], every[4]]
+
+
+@pytest.mark.parametrize("content, flags, message", [
+    (b"not an index", [], "or damaged"), (None, ["--order", "first"], "or flags"),
+    (None, ["--resize", "paper"], "or flags")])
+def test_a_foreign_index_is_never_overwritten(content, flags, message, library, checkpoint,
+                                              tmp_path):
+    path = tmp_path / "clips.idx"
+    search(library, checkpoint, "--index", path)
+    if content:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    error = run_eval("search", [library], checkpoint, "--text", "a", "--index", path, *flags,
+                     code=1)
+    assert message in error and path.read_bytes() == before
+
+
+def test_an_index_of_other_weights_is_refused(library, checkpoint, tmp_path):
+    search(library, checkpoint, "--index", tmp_path / "i")
+    other = save_checkpoint(tmp_path / "other.pt", seed=1)
+    error = run_eval("search", [library], other, "--text", "a", "--index", tmp_path / "i", code=1)
+    assert "those of other weights" in error
+
+
+# ---- What eval.py prints and draws ---------------------------------------------------------------
+
+def test_words_that_a_checkpoint_cannot_know_are_said(films, checkpoint):
+    flags = ["--text", "a dog runs", "a white ring"]
+    printed = run_eval("match", [films / "0.mp4"], checkpoint, *flags)
+    size = torch.load(checkpoint)["sizes"]["vocab_size"]
+    assert f"vocabulary has {size} tokens; it spells or does not know: dog, runs\n" in printed
+
+
+def test_a_mask_is_no_unknown_word(films, checkpoint):
+    printed = run_eval("fill", [films / "0.mp4"], checkpoint, "--text", "a white [MASK]")
+    assert "does not know" not in printed
+
+
+def test_a_table_is_aligned_under_named_columns():
+    rows = [{"cosine": 0.5, "video": "a.mp4"}, {"cosine": -0.25, "matched": 1.0, "video": "bb.mp4"}]
+    assert eval.table_lines(rows, digits=2) == ["cosine  video   matched",
+                                                "  0.50  a.mp4         -",
+                                                " -0.25  bb.mp4     1.00"]
+
+
+def test_a_report_names_what_is_unreadable(films, checkpoint, tmp_path):
+    line = {"video": str(films / "0.mp4"), "options": ["white ring", "a square"], "answer": 0}
+    (tmp_path / "m.jsonl").write_text(jsonl(line, {**line, "video": "gone.mp4"}))
+    printed = run_eval("choice", [tmp_path / "m.jsonl"], checkpoint)
+    assert "INCOMPLETE: 1 of 2 samples are unreadable" in printed and "m.jsonl:2: " in printed
+
+
+@pytest.mark.parametrize("text", ["u", "ü", "é", "ß", "Å"])
+def test_letters_with_accents_are_drawn(text):
+    drawn = eval.FONT.getmask(eval.drawable(text))
+    assert bytes(drawn) not in (bytes(eval.FONT.getmask(" ")), bytes(eval.FONT.getmask("?")))
+    assert eval.drawable(text) == text
+
+
+def test_letters_that_the_font_lacks_are_replaced():
+    assert eval.drawable("Čech 中 ü") == "Cech ? ü"
+
+
+def test_a_long_title_is_wrapped_and_not_cut(tmp_path):
+    frames = [torch.zeros(3, 32, 32, dtype=torch.uint8)]
+    text = "clips/a_film_with_a_long_name.mp4: " + "a dog runs " * 20
+    lines = eval.wrap(text, 444)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(eval.FONT.getlength(line) <= 444 for line in lines)
+    eval.save_picture(tmp_path / "p.png", [(text, frames)])
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size == (448, 112 + 14 * len(lines) + 3)
+
+
+def test_a_picture_names_its_file(films, checkpoint, tmp_path):
+    """What is drawn is what the title says: another title is another picture."""
+    rows = eval.wrap(f"{films / '0.mp4'}\nwhite [MASK]\nyellow: more", 444)
+    run_eval("explain", [films / "0.mp4"], checkpoint, "--text", "white [MASK]", "--out", tmp_path)
+    with Image.open(tmp_path / "explain-1.png") as image:
+        drawn = np.array(image)[:14 * len(rows)]
+        assert image.size[1] == 112 * 3 + 14 * (len(rows) + 2) + 9     # the clip and two words
+    eval.save_picture(tmp_path / "title.png", [("\n".join(rows), [])])
+    with Image.open(tmp_path / "title.png") as title:
+        assert (drawn == np.array(title)[:len(drawn)]).all()
+
+
+def test_curves_have_axes_from_zero_to_the_highest(tmp_path):
+    rows = [{"step": 10, "vtm": 0.7, "vtm_accuracy": 0.5, "lr": 1e-4},
+            {"step": 20, "vtm": 0.2, "vtm_accuracy": 0.9, "lr": 1e-4}]
+    eval.save_curves(tmp_path / "curve.png", rows)
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.size == (960, 360)                        # losses, accuracies
+        red = (np.array(image.convert("RGB"))[60:, 50:470] == (255, 0, 0)).all(-1)
+        down, across = np.nonzero(red)
+    assert across[down.argmin()] < across[down.argmax()]       # the loss falls
+
+
+@pytest.mark.parametrize("task", ["choice", "match"])
+def test_a_closed_pipe_ends_nothing(task, films, checkpoint, tmp_path):
+    source = ["--data", films / "choice.jsonl"] if task == "choice" else [
+        "--video", films / "0.mp4", "--text", "white ring"]
+    arguments = ["eval.py", "--task", task, *source, "--checkpoint", checkpoint, "--workers", 0,
+                 "--json", tmp_path / "r"]
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()                                     # as `| head` does
+    error = process.stderr.read().decode()
+    assert process.wait(120) == 0 and error == "" and lines_of(tmp_path / "r")
+
+
+def test_several_processes_say_an_error_once(films, checkpoint, tmp_path):
+    run = Started(tmp_path / "out.txt", "eval.py", "--task", "choice", "--checkpoint", checkpoint,
+                  "--data", tmp_path / "absent.jsonl", processes=2)
+    assert run.wait(1) == 1
+    printed = "".join((tmp_path / f"out.txt{rank}").read_text() for rank in ("", 1))
+    assert printed.count("absent.jsonl: no such") == 1 and "Traceback" not in printed
+
+
+def test_tasks_of_slurm_need_torchrun(films, checkpoint, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    error = run_eval("choice", [films / "choice.jsonl"], checkpoint, code=1)
+    assert "SLURM_NTASKS is 8" in error and "torchrun" in error
+
+
+def test_each_flag_has_a_sentence():
+    comments = eval.field_comments(eval.EvalConfig)
+    assert list(comments) == list(vars(eval.EvalConfig()))
+    assert all(comment[0].isupper() and comment[-1] == "." for comment in comments.values())
+
+
+@dataclass(frozen=True)
+class CommentedFields:
+    # Stands above.
+    above: int = 1
+    beside: int = 2    # stands beside
+    long: int = 3      # begins beside
+    #                    and goes on
+    # Has two
+    # lines.
+    two: int = 4
+
+
+def test_the_comment_of_a_field_is_its_help():
+    assert eval.field_comments(CommentedFields) == {
+        "above": "Stands above.", "beside": "stands beside",
+        "long": "begins beside and goes on", "two": "Has two lines."}
+
+
+def test_costs_are_measured_beside_the_papers(capsys):         # Tab. 1, Tab. 14
+    config = Config(width=32, depth=1, heads=2, image_size=32, frames=2)
+    rows = eval.retrieval_times(config, torch.device("cpu"))
+    assert [row["paper ms"] for row in rows] == [33.16, 12.05, 1.51, 143.25]
+    assert all(row["ms"] > 0 for row in rows)
