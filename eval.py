@@ -347,6 +347,7 @@ class Scorer:
     config: EvalConfig
     device: torch.device
     unreadable: list = field(default_factory=list)     # what this process could not read
+    CHUNK = 2048                                       # clips before features are saved
 
     def __post_init__(self):
         self.model.to(self.device).eval()
@@ -434,7 +435,7 @@ class Scorer:
         end = 0
         while end < len(missing):
             begin = end
-            end = max(2048, 2 * begin)                 # doubled, for each saving writes them all
+            end = max(self.CHUNK, 2 * begin)           # doubled, for each saving writes them all
             for i, feature in self.encode_clips(missing[begin:end], encode):
                 stored[clip_keys[i]] = feature
             if sys.stdout.isatty():
