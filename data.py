@@ -1376,7 +1376,7 @@ class Clips:
         index, visit    the key
         source_line     "file:line" of the sample; manifest_id: which manifest that is
         kind            a label to report accuracy by, or None
-        clip_id         equal for samples of one clip
+        clip_id         equal for samples of one film
         video           uint8 (S, 3, H, W), S = 1 for an image; (K, S, 3, H, W) if views > 1
         unreadable      messages: why there is no video
 
@@ -1402,6 +1402,8 @@ class Clips:
     def __post_init__(self):
         if self.task not in TASKS:
             raise DataError(f"no task {self.task!r}; expected one of {', '.join(TASKS)}")
+        if self.task == "retrieval" and not self.train:
+            self.manifest = one_line_per_clip(self.manifest)
         self.class_of = {answer: i for i, answer in enumerate(self.answers or [])}
 
     def __len__(self) -> int:
@@ -1412,7 +1414,7 @@ class Clips:
         sample = self.manifest[index]
         item = {"index": index, "visit": visit, "source_line": sample["source_line"],
                 "manifest_id": self.manifest.locate(index)[0], "kind": sample.get("kind"),
-                "clip_id": (sample["video"], str(sample.get("member"))), "unreadable": []}
+                "clip_id": clip_id(sample), "unreadable": []}
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed GPUs too, which costs a fifth of reading a small clip.
             torch.default_generator.manual_seed(hash64(self.seed, visit))
@@ -1541,6 +1543,47 @@ def choose_caption(sample: dict, train: bool) -> tuple[str, tuple[float, float] 
     middle = (start + end) / 2
     half = max(end - start, MIN_WINDOW) / 2
     return text, (max(middle - half, 0), middle + half)
+
+
+def one_line_per_clip(manifest: Manifest) -> Manifest:
+    """The manifest of a gallery (Sec. 4.2.2): each clip has one line with all its captions.
+
+    A table may give each caption a line of its own. Were those lines different clips, a text would
+    have several clips for which it is true, and all but one of them would count as wrong. Lines
+    of different windows ("start", "end") of a film do stay different clips.
+    """
+    paths = []
+    for manifest_id, lines in enumerate(manifest.sizes):
+        samples = {}
+        texts = {}
+        end = manifest.ends[manifest_id]
+        for i in range(end - lines, end):
+            sample = manifest[i]
+            key = (clip_id(sample), sample.get("start"), sample.get("end"))
+            if sample.get("captions"):              # windows of its own, each with a caption
+                samples[i] = sample
+            else:
+                samples.setdefault(key, sample)
+                texts.setdefault(key, []).extend(sample.get("texts") or [need(sample, "text")])
+        if len(samples) == lines:
+            paths.append(manifest.paths[manifest_id])
+            continue
+        for key in texts:
+            samples[key]["texts"] = list(dict.fromkeys(texts[key]))
+        paths.append(temporary_manifest(samples.values()))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{manifest.names[manifest_id]}: {lines} lines are of {len(samples)} clips; the "
+                  "captions of a clip go together", file=sys.stderr)
+    if paths == manifest.paths:
+        return manifest
+    merged = Manifest(paths)
+    merged.names = manifest.names
+    return merged
+
+
+def clip_id(sample: dict) -> tuple[str, str]:
+    """What is equal for samples of one film: its file, and its place there if that is a shard."""
+    return sample["video"], str(sample.get("member"))
 
 
 def false_captions(clips: Clips, sample: dict, index: int) -> list[str]:

@@ -1537,7 +1537,7 @@ def test_sampled_frames_cover_every_frame_of_every_segment():             # Sec.
 
 # ---- Manifests: lines, tables, folders, shards ---------------------------------------------------
 
-def jsonl(*samples) -> str:
+def json_lines(*samples) -> str:
     """The samples as lines of a manifest."""
     return "".join(json.dumps(sample) + "\n" for sample in samples)
 
@@ -1656,7 +1656,7 @@ def test_every_field_of_a_good_line_is_kept(tmp_path):
               "options": ["a", "b"], "answer": 1, "start": 0, "end": 2.5, "fps": 3,
               "boxes": [[0, 1, 2, 3, 4.5]], "kind": "x", "image": False, "id": {"any": "thing"},
               "member": {"name": "a.mp4", "offset": 512, "size": 3}}
-    (tmp_path / "m.jsonl").write_text(jsonl({"video": "a.tar", "note": None, **fields}))
+    (tmp_path / "m.jsonl").write_text(json_lines({"video": "a.tar", "note": None, **fields}))
     assert samples_of(tmp_path / "m.jsonl") == [{"video": "a.tar", **fields}]
 
 
@@ -2155,7 +2155,7 @@ def clips_of(folder, lines, task="pretrain", **options):
     for line in lines:
         fields = {"text": line} if isinstance(line, str) else line
         samples.append({"video": "a.mp4", **fields})
-    (folder / "m.jsonl").write_text(jsonl(*samples))
+    (folder / "m.jsonl").write_text(json_lines(*samples))
     options = {"frames": 3, "image_size": 32, "max_text_len": 40, "train": True, **options}
     return Clips(Manifest(folder / "m.jsonl"), Tokenizer.train(WORDS, 200), task, **options)
 
@@ -2318,7 +2318,7 @@ def test_images_and_clips_do_not_mix(tmp_path):
 
 def test_a_batch_says_which_lines_it_holds(tmp_path):
     clips = clips_of(tmp_path, [{"text": "a", "kind": "x"}, "b"])
-    (tmp_path / "other.jsonl").write_text(jsonl({"video": "none.mp4", "text": "c"}))
+    (tmp_path / "other.jsonl").write_text(json_lines({"video": "none.mp4", "text": "c"}))
     clips.manifest = Manifest([tmp_path / "m.jsonl", tmp_path / "other.jsonl"])
     batch = batch_of(clips, [1, 0])
     assert batch["index"].tolist() == [1, 0] and batch["kind"] == [None, "x"]
@@ -2373,7 +2373,7 @@ def test_a_probe_reads_a_class_and_no_words(tmp_path):           # Tab. 12
 
 
 def answers_in(folder, lines):
-    (folder / "m.jsonl").write_text(jsonl(*({"video": "a.mp4", **line} for line in lines)))
+    (folder / "m.jsonl").write_text(json_lines(*({"video": "a.mp4", **line} for line in lines)))
     return data.answers_of(Manifest(folder / "m.jsonl"))
 
 
@@ -2421,11 +2421,40 @@ def test_an_unknown_task_is_refused_at_once(tmp_path):
 
 
 def test_retrieval_is_scored_on_all_captions(tmp_path):          # Sec. 4.2.2
-    clips = clips_of(tmp_path, [{"texts": WORDS}, "rice"], "retrieval", train=False)
+    film(tmp_path / "b.mp4", "n=12 w=48 h=40")
+    lines = [{"texts": WORDS}, {"video": "b.mp4", "text": "rice"}]
+    clips = clips_of(tmp_path, lines, "retrieval", train=False)
     batch = batch_of(clips, [0, 1])
     assert batch["text_clip"].tolist() == [0, 0, 0, 1]
     assert texts_in(clips, batch["text_ids"], batch["text_mask"]) == [
         f"[CLS] {text} [SEP]" for text in [*WORDS, "rice"]]
+
+
+GALLERY = [                            # a line a caption, as tables have it
+    {"video": "a.mp4", "text": "a dog"}, {"video": "b.mp4", "texts": ["a cat", "a dog"]},
+    {"video": "a.mp4", "text": "a man"}, {"video": "a.mp4", "text": "a dog"},
+    {"video": "a.mp4", "text": "rice", "start": 0, "end": 0.2},
+    {"video": "b.mp4", "captions": [[0, 1, "a cat"]]}]
+
+
+def test_lines_of_a_clip_are_one_gallery_entry(tmp_path, capsys):
+    film(tmp_path / "b.mp4", "n=12 w=48 h=40")
+    clips = clips_of(tmp_path, GALLERY, "retrieval", train=False)
+    assert [sample.get("texts") for sample in clips.manifest] == [
+        ["a dog", "a man"], ["a cat", "a dog"], ["rice"], None]
+    assert [sample["source_line"][-1] for sample in clips.manifest] == ["1", "2", "5", "6"]
+    assert "m.jsonl: 6 lines are of 4 clips" in capsys.readouterr().err
+    assert batch_of(clips, range(4))["text_clip"].tolist() == [0, 0, 1, 1, 2, 3]
+    assert clips.manifest.names == [str(tmp_path / "m.jsonl")]
+
+
+def test_a_gallery_of_one_line_a_clip_stays_as_it_is(tmp_path, capsys):
+    clips = clips_of(tmp_path, GALLERY[:2], "retrieval", train=False)
+    assert clips.manifest.paths == [tmp_path / "m.jsonl"] and not capsys.readouterr().err
+
+
+def test_every_line_of_a_clip_is_trained_on(tmp_path):
+    assert len(clips_of(tmp_path, GALLERY, "retrieval")) == 6
 
 
 def test_retrieval_trains_on_each_caption_in_turn(tmp_path):
@@ -2460,7 +2489,7 @@ def test_every_caption_of_a_false_line_is_drawn(tmp_path):
 
 def test_false_captions_come_from_the_same_manifest(tmp_path):
     clips = clips_of(tmp_path, ["rice", "a ball"], "retrieval", false_captions=9)
-    (tmp_path / "other.jsonl").write_text(jsonl({"video": "a.mp4", "text": "dog"}))
+    (tmp_path / "other.jsonl").write_text(json_lines({"video": "a.mp4", "text": "dog"}))
     clips.manifest = Manifest([tmp_path / "other.jsonl", tmp_path / "m.jsonl"])
     items = [clips[1, visit] for visit in range(30)]             # "rice", line 1 of the second
     options = set(itertools.chain(*(map(tuple, item["options"]) for item in items)))
@@ -2729,7 +2758,7 @@ def faulty(tmp_path) -> Path:
     film(tmp_path / "short.mp4", "n=2")
     picture(tmp_path / "a.png")
     (tmp_path / "bad.mp4").write_bytes(b"no film")
-    (tmp_path / "m.jsonl").write_text(jsonl(*(line for line, _ in FAULTS)) + "\nno JSON\n")
+    (tmp_path / "m.jsonl").write_text(json_lines(*(line for line, _ in FAULTS)) + "\nno JSON\n")
     return tmp_path / "m.jsonl"
 
 
@@ -3530,7 +3559,7 @@ def clips(tmp_path_factory) -> Path:
     lines["unread"].append({"video": "gone.mp4", "answer": "a"})
     lines["misspelt"].append({"video": "0.mp4", "question": "a", "anwser": "a"})
     for name, samples in lines.items():
-        (folder / f"{name}.jsonl").write_text(jsonl(*samples))
+        (folder / f"{name}.jsonl").write_text(json_lines(*samples))
     return folder
 
 
@@ -3926,10 +3955,10 @@ def test_a_stopped_extraction_goes_on_and_each_pass_of_a_probe_reads_one_manifes
     images = tmp_path / "images.jsonl"
     flags = ("--task", "probe", "--data", clips / "qa.jsonl", images, "--mix", 1, 3, "--batch", 2)
     lines = [{"video": f"{clips}/{i}.png", "answer": "still"} for i in range(3)]
-    images.write_text(jsonl(*lines[:2], {**lines[2], "video": f"{clips}/2.mp4"}))
+    images.write_text(json_lines(*lines[:2], {**lines[2], "video": f"{clips}/2.mp4"}))
     with pytest.raises(DataError, match="images and clips in one"):           # in the third chunk
         trainer(*flags)
-    images.write_text(jsonl(*lines))
+    images.write_text(json_lines(*lines))
     one = trainer(*flags)
     assert "features of 2 clips;" in capsys.readouterr().out
     sets = [batch["set"].tolist() for batch in one.stream()]
@@ -4030,7 +4059,7 @@ def films(tmp_path_factory) -> Path:
         lines["qa"].append({"video": video, "question": "what shape is it?",
                             "answer": ["square", "ring", "unheard of"][i % 3], "kind": "shape"})
     for name, samples in lines.items():
-        (folder / f"{name}.jsonl").write_text(jsonl(*samples))
+        (folder / f"{name}.jsonl").write_text(json_lines(*samples))
     picture(folder / "still.png", (32, 32))
     return folder
 
@@ -4165,7 +4194,7 @@ def test_options_are_scored_by_their_mean_matched_logit(views, films, checkpoint
 def test_views_are_of_different_frames(checkpoint, tmp_path):
     video = film(tmp_path / "a.mp4", "n=40")
     line = {"video": str(video), "options": ["white ring", "black square"], "answer": 0}
-    (tmp_path / "m.jsonl").write_text(jsonl(line))
+    (tmp_path / "m.jsonl").write_text(json_lines(line))
     scores = []
     for views in (1, 3):
         result, = results_of("choice", [tmp_path / "m.jsonl"], checkpoint, tmp_path / "r",
@@ -4292,7 +4321,7 @@ def test_binary_matching_reranks_retrieval(films, tmp_path):   # Sec. 3.3's VTM,
 
 def test_equal_captions_share_their_ranks(films, checkpoint, tmp_path):
     lines = [{"video": str(films / f"{i}.mp4"), "text": "a white ring"} for i in range(3)]
-    (tmp_path / "m.jsonl").write_text(jsonl(*lines))
+    (tmp_path / "m.jsonl").write_text(json_lines(*lines))
     for flags in ([], ["--rerank", 2]):
         results = results_of("retrieval", [tmp_path / "m.jsonl"], checkpoint, tmp_path / "r",
                              *flags)
@@ -4343,7 +4372,7 @@ def test_two_processes_find_what_one_finds(task, flags, count, drawn, films, che
     lines = lines_of(films / f"{name}.jsonl")[:7]
     for line in lines:
         line["video"] = str(films / line["video"])
-    (tmp_path / "m.jsonl").write_text(jsonl({**lines[0], "video": "absent.mp4"}, *lines))
+    (tmp_path / "m.jsonl").write_text(json_lines({**lines[0], "video": "absent.mp4"}, *lines))
     flags = ["--task", task, "--checkpoint", checkpoint, "--workers", 0, *flags,
              "--data" if is_scored else "--video", tmp_path / "m.jsonl"]
     printed = run(eval, *flags, "--json", tmp_path / "1.jsonl", "--out", tmp_path / "1")
@@ -4383,7 +4412,7 @@ def test_every_flag_changes_what_is_scored(task, flags, message, films, checkpoi
     lines = [{**sample, "boxes": [[0, 8, 8, 60, 50]]}, sample, {**sample, "start": 0.5}]
     if flags != "--no-boxes":
         del lines[0]["boxes"]
-    (tmp_path / "m.jsonl").write_text(jsonl(*lines, {**sample, "texts": ["black square"]}))
+    (tmp_path / "m.jsonl").write_text(json_lines(*lines, {**sample, "texts": ["black square"]}))
     words = {"fill": ["--text", "white [MASK] while red"], "explain": ["--text", "white ring"],
              "search": ["--text", "white ring"]}.get(task, [])
     printed = []
@@ -4406,7 +4435,7 @@ def test_clips_are_scored_as_the_checkpoint_was_trained(config, sizes, flag, fil
     video = film(tmp_path / "wide.mp4", "n=40 w=96 h=64")
     line = {"video": str(video), "options": ["white ring", "black square"], "answer": 0}
     lines = [line] if "boxes" not in config else [{**line, "boxes": [[0, 8, 8, 60, 50]]}]
-    (tmp_path / "m.jsonl").write_text(jsonl(*lines))
+    (tmp_path / "m.jsonl").write_text(json_lines(*lines))
     plain = save_checkpoint(tmp_path / "plain.pt")
     trained = save_checkpoint(tmp_path / "trained.pt", config=config, **sizes)
     if "image_size" in sizes:                                  # weights that differ in shape
@@ -4531,7 +4560,7 @@ def test_a_released_file_is_used_from_the_command_line(films, tmp_path):
                          "--text", *texts)
     model, report = load_release(weights)
     assert model.config.heads == 1 and model.config.frames == 3 and not report["initialised"]
-    (tmp_path / "m.jsonl").write_text(jsonl({"video": str(films / "0.mp4"), "texts": texts}))
+    (tmp_path / "m.jsonl").write_text(json_lines({"video": str(films / "0.mp4"), "texts": texts}))
     clips = Clips(Manifest(tmp_path / "m.jsonl"), Tokenizer.load(str(vocab)), "retrieval", 3, 64,
                   10, train=False)
     item = clips[0, 0]
@@ -4746,6 +4775,7 @@ def test_match_compares_texts_of_different_lengths(films, checkpoint, tmp_path):
         assert row["matched"] == pytest.approx(float(matched[1]), abs=1e-3)
 
 
+<<<<<<< HEAD
 def test_ask_gives_the_likeliest_answers(films, tmp_path):
     path = answering_checkpoint(tmp_path, "qa")
     result, = results_of("ask", [films / "0.mp4"], path, tmp_path / "r", "--text",
@@ -4893,10 +4923,22 @@ def test_features_are_of_the_bytes_of_a_file(tmp_path):
 def test_two_windows_of_a_film_have_features_of_their_own(films, checkpoint, tmp_path):
     lines = [{"video": str(films / "0.mp4"), "start": 0, "end": 1},
              {"video": str(films / "0.mp4"), "start": 2, "end": 3}]
-    (tmp_path / "m.jsonl").write_text(jsonl(*lines))
+    (tmp_path / "m.jsonl").write_text(json_lines(*lines))
     run_eval("search", [tmp_path / "m.jsonl"], checkpoint, "--text", "a", "--index", tmp_path / "i")
     early, late = torch.load(tmp_path / "i")["features"]
     assert (early - late).abs().max() > 1e-3
+=======
+def test_windows_are_cut_between_the_start_and_end_of_a_line(tmp_path):
+    spans = [{}, {"start": 0.5, "end": 1.75}, {"start": 0.25, "end": 0.75}, {"start": 1.25}]
+    video = film(tmp_path / "a.mp4", "n=60 rate=30")                # two seconds
+    lines = [{"video": str(video)} | span for span in spans] + [{"video": "still", "image": True}]
+    (tmp_path / "m.jsonl").write_text(json_lines(*lines))
+    *cut, image = Manifest(eval.video_manifest(eval.EvalConfig(
+        video=(str(tmp_path / "m.jsonl"),), window=1.0)))
+    assert [(line.get("start"), line.get("end")) for line in cut] == [
+        (0, 1), (1, 2), (0.5, 1.5), (1.5, 1.75), (0.25, 0.75), (1.25, 2)]
+    assert data.is_image(image) and "end" not in image
+>>>>>>> b951c6a (Lines of one clip are one entry of a gallery)
 
 
 @pytest.fixture
@@ -5007,7 +5049,7 @@ def test_a_table_is_aligned_under_named_columns():
 
 def test_a_report_names_what_is_unreadable(films, checkpoint, tmp_path):
     line = {"video": str(films / "0.mp4"), "options": ["white ring", "a square"], "answer": 0}
-    (tmp_path / "m.jsonl").write_text(jsonl(line, {**line, "video": "gone.mp4"}))
+    (tmp_path / "m.jsonl").write_text(json_lines(line, {**line, "video": "gone.mp4"}))
     printed = run_eval("choice", [tmp_path / "m.jsonl"], checkpoint)
     assert "INCOMPLETE: 1 of 2 samples are unreadable" in printed and "m.jsonl:2: " in printed
 
