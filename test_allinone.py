@@ -4775,7 +4775,6 @@ def test_match_compares_texts_of_different_lengths(films, checkpoint, tmp_path):
         assert row["matched"] == pytest.approx(float(matched[1]), abs=1e-3)
 
 
-<<<<<<< HEAD
 def test_ask_gives_the_likeliest_answers(films, tmp_path):
     path = answering_checkpoint(tmp_path, "qa")
     result, = results_of("ask", [films / "0.mp4"], path, tmp_path / "r", "--text",
@@ -4927,18 +4926,6 @@ def test_two_windows_of_a_film_have_features_of_their_own(films, checkpoint, tmp
     run_eval("search", [tmp_path / "m.jsonl"], checkpoint, "--text", "a", "--index", tmp_path / "i")
     early, late = torch.load(tmp_path / "i")["features"]
     assert (early - late).abs().max() > 1e-3
-=======
-def test_windows_are_cut_between_the_start_and_end_of_a_line(tmp_path):
-    spans = [{}, {"start": 0.5, "end": 1.75}, {"start": 0.25, "end": 0.75}, {"start": 1.25}]
-    video = film(tmp_path / "a.mp4", "n=60 rate=30")                # two seconds
-    lines = [{"video": str(video)} | span for span in spans] + [{"video": "still", "image": True}]
-    (tmp_path / "m.jsonl").write_text(json_lines(*lines))
-    *cut, image = Manifest(eval.video_manifest(eval.EvalConfig(
-        video=(str(tmp_path / "m.jsonl"),), window=1.0)))
-    assert [(line.get("start"), line.get("end")) for line in cut] == [
-        (0, 1), (1, 2), (0.5, 1.5), (1.5, 1.75), (0.25, 0.75), (1.25, 2)]
-    assert data.is_image(image) and "end" not in image
->>>>>>> b951c6a (Lines of one clip are one entry of a gallery)
 
 
 @pytest.fixture
