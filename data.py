@@ -1259,8 +1259,9 @@ class Tokenizer:
             elif path.suffix == ".json":
                 words = WordPieces.from_str(path.read_text("utf-8-sig"))
             elif path.is_file() or path.suffix == ".txt":   # a file's name is never fetched
-                tokens = path.read_text("utf-8-sig").rstrip().split("\n")
-                words = BertWordPieceTokenizer({token.rstrip(): i for i, token in enumerate(tokens)})
+                lines = path.read_text("utf-8-sig").rstrip().split("\n")
+                tokens = {line.rstrip(): i for i, line in enumerate(lines)}
+                words = BertWordPieceTokenizer(tokens)
             else:
                 words = WordPieces.from_pretrained(str(name))
             # A vocabulary without its token for unknown words fails when it meets one.
@@ -3313,34 +3314,51 @@ def set_aside(out: str, written: list[str]) -> Iterator[str]:
 
 # ==== Command line ================================================================================
 
-def main():
-    """python data.py COMMAND: see --help of each."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """python data.py COMMAND ...: toy, convert or check. Flags that are not set keep the default of
+    the function that a command calls."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = {run.__name__: run for run in (toy, convert, check)}
-    toys, converts, checks = (commands.add_parser(
-        name, description=run.__doc__, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter) for name, run in runs.items())
-    toys.add_argument("--out", dest="root")
-    toys.add_argument("--seed", type=int)
+
+    def add_command(run: Callable, purpose: str) -> argparse.ArgumentParser:
+        return commands.add_parser(run.__name__, help=purpose, description=run.__doc__,
+                                   argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    flags = add_command(toy, "write the toy set of the proof run")
+    flags.add_argument("--out", dest="root", help="write the toy set to this folder")
+    flags.add_argument("--seed", type=int, help="draw its clips from this random seed")
+
+    flags = add_command(convert, "write the manifests of a published data set")
     names = [f"  {name}: {dataset.expected()}" for name, dataset in DATASETS.items()]
     names.insert(0, "data sets, their annotation files and where those are from:")
-    converts.epilog = "\n".join(names)
-    converts.add_argument("name", help="which of the data sets below it is")
-    converts.add_argument("--annotations", nargs="+", required=True, metavar="PATH",
-                          help="the annotation files as their owners publish them, unpacked, or "
-                          "folders that hold them at any depth")
-    converts.add_argument("--videos", required=True, metavar="FOLDER",
-                          help="the folder that holds the clips, at any depth, under any ending")
-    converts.add_argument("--out", required=True, metavar="FOLDER",
-                          help="where train.jsonl, val.jsonl, test.jsonl and answers.json go")
-    checks.add_argument("manifest")
-    checks.add_argument("--vocab")
-    checks.add_argument("--columns", nargs="+")
-    for flag in "workers", "timeout", "frames", "image_size", "max_text_len", "gpu":
-        checks.add_argument(f"--{flag}", type=int)
-    args = vars(parser.parse_args())
-    runs[args.pop("command")](**args)
+    flags.epilog = "\n".join(names)
+    flags.add_argument("name", help="which of the data sets below it is")
+    flags.add_argument("--annotations", nargs="+", required=True, metavar="PATH",
+                       help="the annotation files as their owners publish them, unpacked, or "
+                       "folders that hold them at any depth")
+    flags.add_argument("--videos", required=True, metavar="FOLDER",
+                       help="the folder that holds the clips, at any depth, under any ending")
+    flags.add_argument("--out", required=True, metavar="FOLDER",
+                       help="where train.jsonl, val.jsonl, test.jsonl and answers.json go")
+
+    flags = add_command(check, "read every clip of a manifest, and name what is wrong")
+    flags.add_argument("manifest", help=".jsonl, .csv, .tsv or .tar file, or folder, to check")
+    flags.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN",
+                       help="take a field of the samples from this column of a table")
+    flags.add_argument("--workers", type=int, help="read with so many processes")
+    flags.add_argument("--timeout", type=float,
+                       help="call a clip unreadable that takes longer than so many seconds")
+    flags.add_argument("--frames", type=int, help="read so many frames of each clip")
+    flags.add_argument("--image_size", type=int, help="read frames of so many pixels a side")
+    flags.add_argument("--vocab", help="count the tokens of texts by this vocabulary")
+    flags.add_argument("--max_text_len", type=int,
+                       help="report texts of more than so many tokens or, without --vocab, words")
+    flags.add_argument("--gpu", type=int,
+                       help="say how many processes feed a GPU that trains on so many clips/s")
+    values = vars(parser.parse_args(arguments))
+    runs = {"toy": toy, "convert": convert, "check": check}
+    runs[values.pop("command")](**values)
 
 
 if __name__ == "__main__":

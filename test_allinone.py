@@ -2823,8 +2823,8 @@ def test_each_manifest_has_a_clean_one(tmp_path):
 def test_the_data_doctor_says_how_many_processes(tmp_path, capsys):
     film(tmp_path / "a.mp4", "n=12")
     (tmp_path / "a.csv").write_text("name,said\na.mp4,a dog\n")
-    columns = ["video=name", "text=said"]
-    assert data.check(tmp_path / "a.csv", workers=0, gpu=1000, columns=columns) == {}
+    data.main(["check", str(tmp_path / "a.csv"), "--columns", "video=name", "text=said",
+               "--workers", "0", "--gpu", "1000"])
     rate, processes, workers = re.search(
         r"your clips decode at (\d+) per CPU-second: a GPU that trains on 1000 clips/s needs "
         r"(\d+) reading processes \(--workers (\d+)\)", capsys.readouterr().out).groups()
@@ -2927,6 +2927,25 @@ def test_the_toy_set_replaces_no_other_folder(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="is another toy set or none; give another folder"):
         data.toy(tmp_path)
+
+
+@pytest.mark.parametrize("flags, report", [
+    ("", "1 of 1 samples are usable"),
+    ("--frames 12", "1 of 1 samples are usable"),
+    ("--frames 13", "short clip: 1, such as\n    .*:1: has 12 frames, fewer than 13"),
+    ("--max_text_len 3", "1 of 1 samples are usable"),
+    ("--max_text_len 2", "text too long: 1, such as\n    .*:1: a dog runs"),
+    ("--max_text_len 3 --vocab {vocab}", "text too long"),                # [CLS] a dog runs [SEP]
+    ("--workers 1 --timeout 0.0001", "unreadable: 1, such as\n    .*: took longer than 0.0001 s"),
+])
+def test_flags_of_the_data_doctor(flags, report, tmp_path, capsys):
+    film(tmp_path / "a.mp4", "n=12")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ndog\nruns\n")
+    (tmp_path / "m.jsonl").write_text(jsonl({"video": "a.mp4", "text": "a dog runs"}))
+    flags = flags.format(vocab=tmp_path / "vocab.txt").split()
+    data.main(["check", str(tmp_path / "m.jsonl"), "--workers", "0", *flags])
+    printed = capsys.readouterr().out
+    assert re.match(report, printed.strip())
 
 
 # ---- Every data set in its owners' form ----------------------------------------------------------
