@@ -1318,24 +1318,30 @@ class Tokenizer:
 
         It does not know a word that becomes [UNK]. It only spells one whose pieces have fewer than
         two letters on average, such as "dog" as d ##o ##g: a model that has not been trained on
-        such a text knows nothing of its meaning. Punctuation is no word.
+        such words knows nothing of their meaning. Punctuation is no word.
         """
         unknown = {}
         for text in texts:
-            text = whole_characters(text)
-            encoding = self.words.encode(text, add_special_tokens=False)
-            pieces = collections.defaultdict(list)          # of each word
-            for position, word in enumerate(encoding.word_ids):
-                pieces[word].append(position)
-            for positions in pieces.values():
-                begin = encoding.offsets[positions[0]][0]
-                end = encoding.offsets[positions[-1]][1]
-                word = text[begin:end]
-                is_spelled = len(positions) > 1 and end - begin < 2 * len(positions)
-                is_unknown = self.unk_id in [encoding.ids[position] for position in positions]
-                if is_spelled or is_unknown and any(map(str.isalnum, word)):
+            for word, ids in self.words_of(text):
+                is_spelled = len(ids) > 1 and len(word) < 2 * len(ids)
+                is_missing = self.unk_id in ids and any(map(str.isalnum, word))
+                if is_spelled or is_missing:
                     unknown[word.lower()] = True
         return list(unknown)
+
+    def words_of(self, text: str) -> list[tuple[str, list[int]]]:
+        """Each word of a text, and each punctuation mark, with the ids of its pieces."""
+        text = whole_characters(text)
+        encoding = self.words.encode(text, add_special_tokens=False)
+        begins = {}
+        ends = {}
+        ids = collections.defaultdict(list)
+        for token_id, (begin, end), number in zip(
+                encoding.ids, encoding.offsets, encoding.word_ids):
+            begins.setdefault(number, begin)
+            ends[number] = end
+            ids[number].append(token_id)
+        return [(text[begins[number]:ends[number]], ids[number]) for number in ids]
 
 
 # ==== Batch: what a task reads of each sample, and samples put together ===========================
@@ -1620,16 +1626,17 @@ def collate(items: list[dict], clips: Clips, group: int | None = None) -> dict:
     DataError if images and clips are mixed. B = 0: "index" is the only tensor.
     """
     readable = [item for item in items if "video" in item]
-    batch = {"source_line": [item["source_line"] for item in readable],
-             "kind": [item["kind"] for item in readable],
-             "unreadable": list(itertools.chain(*(item["unreadable"] for item in items))),
-             "index": torch.tensor([item["index"] for item in readable], dtype=torch.int64)}
+    messages = [item["unreadable"] for item in items]
+    batch = {"unreadable": list(itertools.chain(*messages))}
+    for name in ("source_line", "kind"):
+        batch[name] = [item[name] for item in readable]
+    batch["index"] = torch.tensor([item["index"] for item in readable], dtype=torch.int64)
     if not readable:
         return batch
+    batch["video"] = stack_videos(readable)
     for name in ("manifest_id", "label"):
         if name in readable[0]:
             batch[name] = torch.tensor([item[name] for item in readable])
-    batch["video"] = stack_videos(readable)
     if "caption" in readable[0]:
         add_texts(batch, [item["caption"] for item in readable], clips)
         add_pairs(batch, items, clips.seed, group or len(items))
@@ -1875,49 +1882,60 @@ def read_item(clips: Clips, key: tuple[int, int]) -> dict:
     return item
 
 
-def load(clips: Clips, micro_batches: Iterable[list[tuple[int, int]]], merge: Callable,
-         workers: int, timeout: float = 120, clips_ahead: int = 64) -> Iterator[dict]:
-    """Yields merge(items) for each list of (sample, visit), in order.
+class ItemReader:
+    """Items of Clips by Readers, also for samples that cannot be read.
 
-    clips_ahead: how many clips are read ahead, while the caller works, of the micro-batch that it
-    has. Training asks for two whole steps, so that a GPU does not wait for the slowest clip of a
-    step. Their pixels take at most READ_AHEAD bytes.
-
-    In training the next readable line of the manifest stands in for a clip that cannot be read,
-    and the item's "unreadable" says so. In evaluation nothing does. A clip that killed its reader,
-    or took longer than `timeout` seconds, is not tried again. DataError after MAX_SKIPS in a row.
+    In training the next readable line of the manifest stands in for such a sample, and the item's
+    "unreadable" says so. In evaluation nothing does, and the item has no "video". A sample that
+    killed its reader, or took longer than the timeout, is not tried again.
     """
-    readers = Readers(partial(read_item, clips), workers, timeout)
-    failures = {}                       # sample: why it is not tried again
 
-    def read(key: tuple[int, int]) -> dict:
-        """The item of a sample or, in training, of the next line that can be read."""
+    def __init__(self, clips: Clips, readers: Readers):
+        self.clips = clips
+        self.readers = readers
+        self.failures = {}              # sample: why it is not tried again
+
+    def __call__(self, key: tuple[int, int]) -> dict:
+        """The item of a (sample, visit). DataError if MAX_SKIPS lines in a row are unreadable."""
         index, visit = key
-        manifest_id, _ = clips.manifest.locate(index)
-        tries = min(MAX_SKIPS, clips.manifest.sizes[manifest_id])
+        manifest = self.clips.manifest
+        manifest_id, _ = manifest.locate(index)
+        tries = min(MAX_SKIPS, manifest.sizes[manifest_id])
         unreadable = []
         for step in range(tries):
-            item = read_line(clips.manifest.after(index, step), visit)
+            item = self.read(manifest.after(index, step), visit)
             unreadable += item["unreadable"]
-            if "video" in item or not clips.train:
+            if "video" in item or not self.clips.train:
                 item["unreadable"] = unreadable
                 return item
         raise DataError(f"{tries} clips in a row cannot be read, the first: {unreadable[0]}")
 
-    def read_line(index: int, visit: int) -> dict:
-        """The item of a sample, without a video if it cannot be read."""
+    def read(self, index: int, visit: int) -> dict:
+        """The item of this sample, without a video if it cannot be read."""
         try:
-            if index in failures:
-                raise failures[index]
-            item = readers((index, visit))
+            if index in self.failures:
+                raise self.failures[index]
+            item = self.readers((index, visit))
         except Unreadable as error:
-            failures[index] = error
-            source_line = clips.manifest[index]["source_line"]
+            self.failures[index] = error
+            source_line = self.clips.manifest[index]["source_line"]
             return {"index": index, "visit": visit, "unreadable": [f"{source_line}: {error}"]}
         if "video" in item:
             item["video"] = torch.from_numpy(item["video"])
         return item
 
+
+def load(clips: Clips, micro_batches: Iterable[list[tuple[int, int]]], merge: Callable,
+         workers: int, timeout: float = 120, clips_ahead: int = 64) -> Iterator[dict]:
+    """Yields merge(items) for each list of (sample, visit), in order.
+
+    `workers` processes read, see Readers and ItemReader. clips_ahead: how many clips they read
+    ahead of the micro-batch that the caller has. Training asks for two whole steps, so that a GPU
+    does not wait for the slowest clips. Their pixels take at most READ_AHEAD bytes.
+    """
+    readers = Readers(partial(read_item, clips), workers, timeout)
+    bytes_per_clip = clips.views * clips.frames * 3 * clips.image_size ** 2
+    depth = max(2 * workers, min(clips_ahead, READ_AHEAD // bytes_per_clip))
     sizes = collections.deque()         # of the micro-batches that are being read
 
     def keys() -> Iterator[tuple[int, int]]:
@@ -1925,10 +1943,8 @@ def load(clips: Clips, micro_batches: Iterable[list[tuple[int, int]]], merge: Ca
             sizes.append(len(micro_batch))
             yield from micro_batch
 
-    bytes_per_clip = clips.views * clips.frames * 3 * clips.image_size ** 2
-    depth = max(2 * workers, min(clips_ahead, READ_AHEAD // bytes_per_clip))
     items = []
-    with closing(readers.ahead(read, keys(), depth)) as stream:
+    with closing(readers.ahead(ItemReader(clips, readers), keys(), depth)) as stream:
         for item in stream:
             items.append(item)
             if len(items) == sizes[0]:
@@ -1969,11 +1985,17 @@ class ToyClip:
 
     @staticmethod
     def sample(rng: random.Random) -> "ToyClip":
-        return ToyClip(
-            shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)),
-            order=rng.randrange(2), start_light=rng.randrange(3), wording=rng.randrange(2),
-            radius=rng.uniform(13, 16), x=rng.uniform(36, 44), y=rng.uniform(36, 44),
-            brightness=rng.uniform(0.85, 1.1))
+        """A random clip."""
+        shape = rng.choice(SHAPES)
+        colour = rng.choice(list(COLOURS))
+        order = rng.randrange(len(ORDERS))
+        start_light = rng.randrange(len(LIGHTS))
+        wording = rng.randrange(len(WORDINGS))
+        radius = rng.uniform(13, 16)
+        x = rng.uniform(36, 44)
+        y = rng.uniform(36, 44)
+        brightness = rng.uniform(0.85, 1.1)
+        return ToyClip(shape, colour, order, start_light, wording, radius, x, y, brightness)
 
     def light(self, third: int) -> int:
         """Index into LIGHTS of each third of the clip: forward through the circle, or backward."""
