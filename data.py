@@ -2170,8 +2170,7 @@ def check(manifest: str | Path, workers: int = os.cpu_count(), timeout: float = 
     Left out of the clean manifest are bad lines, empty texts, and clips that are missing,
     unreadable, kill their reading process or take longer than --timeout seconds.
     Only reported are clips of fewer than --frames frames, texts of more than --max_text_len
-    tokens of --vocab (without one: words), captions that several lines have, and lines that show
-    the same clip as another line, which a retrieval test counts as different clips.
+    tokens of --vocab (without one: words), and captions that several lines have.
     --gpu: clips/s that a GPU trains on. The last line says how many reading processes feed it.
     """
     source = Manifest(manifest, columns)
@@ -2200,7 +2199,7 @@ def check(manifest: str | Path, workers: int = os.cpu_count(), timeout: float = 
             seconds.append(examined.seconds)
             line_faults = list(clip_faults(examined, frames))
             line_faults += text_faults(examined.sample, count_tokens, max_text_len)
-            line_faults += repetitions(examined.sample, earlier_lines)
+            line_faults += same_caption(examined.sample, earlier_lines)
         for fault, detail in line_faults:
             faults[fault].append(detail)
             if fault in FATAL:
@@ -2241,22 +2240,15 @@ def text_faults(sample: dict, count_tokens: Callable[[str], int],
             yield "text too long", f"{sample['source_line']}: {text:.60}..."
 
 
-def repetitions(sample: dict, earlier_lines: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """(fault, detail) if an earlier line has the same caption, or is of the same clip.
-    earlier_lines: {hash of a caption or a clip: its line}, to which this line is added."""
-    source_line = sample["source_line"]
+def same_caption(sample: dict, earlier_lines: dict[int, str]) -> Iterator[tuple[str, str]]:
+    """(fault, detail) if an earlier line has the same caption.
+    earlier_lines: {hash of a caption: its line}, to which this line is added."""
     text = sample.get("text")
     if text:
+        source_line = sample["source_line"]
         line = earlier_lines.setdefault(hash(text), source_line)
         if line != source_line:
             yield "duplicate caption", f"{source_line}: as {line}: {text:.60}"
-    if text or "texts" in sample:
-        member = sample.get("member", {})
-        shown = sample["video"], member.get("offset"), sample.get("start"), sample.get("end")
-        line = earlier_lines.setdefault(hash(shown), source_line)
-        if line != source_line:
-            yield "repeated clip", (f'{source_line}: as {line}; for retrieval, write one line with '
-                                    'all of its "texts"')
 
 
 def token_counter(vocab: str | None) -> Callable[[str], int]:
