@@ -2389,7 +2389,8 @@ def columns_of(path: str) -> set[str]:
 class Form:
     """One form of an annotation file: how it is recognised, and what reads it.
 
-    name: the owners' name for it, with * and ?. SPLIT stands for their word for the split.
+    name: the owners' name for it, with * and ?, if need be with that of its folder. SPLIT stands
+        for their word for the split.
     reader: yields its samples.
     columns: columns of its table or keys of its JSON, by which it differs from files of other data
         sets that have the same name. "a|b" is one of the two, "-c" must not be among them.
@@ -2408,7 +2409,8 @@ class Form:
     def has_name(self, path: str, word: str) -> bool:
         """Whether a file is called as the owners call it. word: theirs for the split."""
         pattern = self.name.replace("SPLIT", word).lower()
-        return fnmatch.fnmatch(file_name(path), pattern)
+        folders = path.lower().split("/")[-1 - pattern.count("/"):-1]
+        return fnmatch.fnmatch("/".join([*folders, file_name(path)]), pattern)
 
     def has_content(self, path: str) -> bool:
         """Whether a file's columns, or its first line, are those of this form.
@@ -2548,13 +2550,14 @@ class SourceFiles:
             folder = os.path.realpath(os.path.dirname(path))
             file = os.path.join(folder, os.path.basename(path))
             self.list_annotations([file])
-            self.explicit.append(file)
+            if file in self.annotations:
+                self.explicit.append(file)
 
     def list_annotations(self, files: Iterable[str]) -> None:
         """Lists files: those to be read, and archives, which cannot be."""
         for file in files:
-            listed = self.archives if file.lower().endswith(ARCHIVES) else self.annotations
-            listed.append(file)
+            files_of_kind = self.archives if file.lower().endswith(ARCHIVES) else self.annotations
+            files_of_kind.append(file)
 
     def add_clips(self, videos: str) -> None:
         """Lists the files below a folder, and the folders that hold pictures, by their stems."""
@@ -2596,7 +2599,7 @@ class SourceFiles:
         places = [file_name(path) if form.several else "" for path in paths]
         for place, count in collections.Counter(places).items():
             if count > 1:
-                rivals = [path for path, own in zip(paths, places) if own == place]
+                rivals = [path for path, its_place in zip(paths, places) if its_place == place]
                 raise DataError(f"{' and '.join(rivals[:3])} are different files for one split; "
                                 "name the right one in --annotations, instead of the folder")
         return [(form, path) for path in paths]
@@ -2634,9 +2637,9 @@ def is_renamed(path: str, form: Form, word: str) -> bool:
         if set(re.findall("train|val|test", file_name(path))) != {split}:
             return False
     for dataset in DATASETS.values():
-        for other in dataset.forms:
-            names = [word for word in dataset.words().values() if other.has_name(path, word)]
-            if other.name != form.name and names and other.has_content(path):
+        for rival in dataset.forms:
+            splits = [word for word in dataset.words().values() if rival.has_name(path, word)]
+            if rival.name != form.name and splits and rival.has_content(path):
                 return False
     return form.has_content(path)
 
@@ -2656,7 +2659,8 @@ def webvid(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
 
 
 DATASETS["webvid"] = DataSet(
-    [Form("results_*_SPLIT.csv", webvid, "videoid page_dir name")],
+    [Form("results_*_SPLIT.csv", webvid, "videoid page_dir name"),
+     Form("SPLIT/partitions/*.csv", webvid, "videoid page_dir name", several="parts")],
     "m-bain.github.io/webvid-dataset", "train val")
 
 
@@ -2851,9 +2855,9 @@ def msrvtt_mc_training(files: SourceFiles, path: str, split: str) -> Iterator[di
         right = {tidy(caption).lower() for caption in texts}
         for caption in texts:
             options = {tidy(caption).lower(): caption}
-            for other in rng.sample(pool, min(100, len(pool))):
-                if len(options) < 5 and tidy(other).lower() not in right:
-                    options.setdefault(tidy(other).lower(), other)
+            for wrong in rng.sample(pool, min(100, len(pool))):
+                if len(options) < 5 and tidy(wrong).lower() not in right:
+                    options.setdefault(tidy(wrong).lower(), wrong)
             yield {"video": video, "options": list(options.values()), "answer": 0}
 
 
@@ -3019,7 +3023,7 @@ def lsmdc_clip(name: str) -> str:
 
 LSMDC = "sites.google.com/site/describingmovies"
 DATASETS["lsmdc"] = DataSet(
-    [Form("LSMDC16_SPLIT.csv", lsmdc, line=r"([^\t]*\t){5,6}[^\t]*")], LSMDC,
+    [Form("LSMDC16_SPLIT.csv", lsmdc, line=r"([^\t]*\t){4,6}[^\t]*")], LSMDC,
     "train=annos_training val=annos_val test=challenge_1000_*")
 DATASETS["lsmdc_mc"] = DataSet(
     [Form("LSMDC16_multiple_choice_SPLIT.csv", lsmdc_choice, line=r"([^\t]*\t){9,10}[^\t]*")],
@@ -3084,10 +3088,19 @@ def vcr_sample(files: SourceFiles, row: dict, rationale: bool) -> dict:
     mentioned = set(vcr_objects(question, *options))
     image = files.clip(row["img_fn"])
     if mentioned and image:
-        boxes = read_json(f"{os.path.splitext(image)[0]}.json")["boxes"]
+        boxes = read_json(vcr_boxes_file(image))["boxes"]
         sample["boxes"] = [[number, *boxes[index][:4]] for index, number in numbers.items()
                            if index in mentioned]
     return sample
+
+
+def vcr_boxes_file(image: str) -> str:
+    """The .json beside an image of VCR. DataError if it is not there."""
+    path = f"{os.path.splitext(image)[0]}.json"
+    if not os.path.exists(path):
+        raise DataError(f"{path}: is missing; vcr1images.zip holds it beside the image: unpack all "
+                        "of it")
+    return path
 
 
 def vcr_objects(*texts: list) -> Iterator[int]:
@@ -3146,7 +3159,7 @@ def hmdb51(files: SourceFiles, path: str, split: str) -> Iterator[dict]:
 
     1 trains, 2 tests, 0 does neither.
     """
-    label = os.path.basename(path).removesuffix("_test_split1.txt")
+    label = os.path.basename(path).partition("_test_split1")[0]
     use = {"train": "1", "test": "2"}[split]
     for line in read_lines(path):
         clip, number = line.rsplit(maxsplit=1)
@@ -3195,8 +3208,13 @@ def split_samples(files: SourceFiles, dataset: DataSet, split: str) -> Iterator[
 
 
 def tidy_sample(sample: dict) -> dict:
-    """A sample with its texts on one line, without empty captions and windows of no length."""
-    sample = {field: tidy(value) for field, value in sample.items()}
+    """A sample with its texts on one line, without empty captions and windows of no length.
+
+    Halves of characters are replaced, as a manifest does when it is read.
+    """
+    names = sample["video"]
+    sample = {field: map_texts(whole_characters, tidy(value)) for field, value in sample.items()}
+    sample["video"] = names                     # files may have any characters in their names
     if "texts" in sample:
         sample["texts"] = [text for text in sample["texts"] if text]
     if "captions" in sample:
@@ -3232,7 +3250,7 @@ def write_split(samples: Iterable[dict], files: SourceFiles, path: str, out: str
             fates[fate][names if isinstance(names, str) else names[0]] += 1
             if fate == "written":
                 sample["video"] = os.path.relpath(clip, out)
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                file.write(json.dumps(sample) + "\n")
     return fates
 
 
@@ -3250,8 +3268,8 @@ def remarks(files: SourceFiles) -> Iterator[str]:
                f"other columns, such as {path}: columns {columns:.200}")
     unused = [path for path in files.explicit if path not in {*files.used, *files.left_out}]
     if unused:
-        yield (f"not read: {len(unused):,} files of --annotations, {examples(unused)}; they have "
-               "neither the names nor the columns of this data set")
+        yield (f"not read: {len(unused):,} files of --annotations, {examples(unused)}; their names "
+               "or their columns are not those of this data set, or do not tell the split")
     if files.archives:
         yield (f"not read: {len(files.archives):,} archives, {examples(files.archives)}; unpack "
                "those that you need")

@@ -3000,6 +3000,16 @@ parked"
         {"video": "000001_000050/7.mp4", "text": 'A "red" car, parked'}]}
 
 
+def test_webvid_comes_in_partitions_too(converted):
+    header = "videoid,contentUrl,duration,page_dir,name\n"
+    notes = {"data/train/partitions/0000.csv": f"{header}7,u,PT10S,p,a car\n",
+             "data/train/partitions/0001.csv": f"{header}8,u,PT10S,p,a dog\n",
+             "data/val/partitions/0000.csv": f"{header}9,u,PT10S,p,a cat\n"}
+    assert converted("webvid", notes, ["7.mp4", "8.mp4", "9.mp4"]) == {
+        "train": [{"video": "7.mp4", "text": "a car"}, {"video": "8.mp4", "text": "a dog"}],
+        "val": [{"video": "9.mp4", "text": "a cat"}]}
+
+
 @pytest.mark.parametrize("notes", [
     {"caption.json": {"-tCQ4tCQdWE": {"start": [0.41, 3.9, 6.0], "end": [3.91, 5, 8.5],
                                       "text": ["pic", "", "bowl"]}}},
@@ -3293,7 +3303,8 @@ def test_didemo_joins_the_descriptions_of_videos(converted):                    
     *[(f"1@N00_2_ab{ending}", f"1@N00_2_ab{ending}.mp4") for ending in
       (".wmv", ".mts", ".m2ts", ".3g2", ".3gp", ".MOV", ".mpeg", ".")],
     ("1@N00_2_ab.wmv", "1@N00_2_ab.mp4"), ("1@N00_2_ab.", "1@N00_2_ab"),
-    ("1@N00_2_ab.mp4", "1@N00_2_ab.M2TS"), ("1@N00_2_ab.mov", "1@N00_2_ab..mp4")])
+    ("1@N00_2_ab.mp4", "1@N00_2_ab.M2TS"),
+    ("1@N00 2  ab.mp4", "1@N00 2  ab.mp4"), ("1@N00_2_ab.mov", "1@N00_2_ab..mp4")])
 def test_endings_of_videos_do_not_matter(video, clip, converted):
     notes = {"test_data.json": [{"description": "a cat", "video": video}]}
     assert converted("didemo", notes, [clip, "1@N00_2_a.mp4"]) == {"test": [
@@ -3345,6 +3356,12 @@ VCR = {"val.jsonl": json_lines({**VCR_ROW, "img_fn": "gone.jpg"}, VCR_ROW),
 def test_vcr_numbers_objects_by_mention(name, expected, converted):
     assert converted(name, VCR, ["lsmdc_a/x@0.jpg", "lsmdc_b/x@0.jpg"]) == {"test": [
         {"video": "lsmdc_a/x@0.jpg", **expected}]}
+
+
+def test_vcr_without_boxes_says_where_they_are(converted):
+    notes = {"val.jsonl": json_lines({**VCR_ROW, "img_fn": "y@0.jpg"})}
+    with pytest.raises(DataError, match="y@0.json: is missing; vcr1images.zip"):
+        converted("vcr_qa", notes, ["y@0.jpg"])
 
 
 @pytest.mark.parametrize("clip", ["-3B_000059_000069.mp4", "arm wrestling/-3B.mp4",
@@ -3454,7 +3471,7 @@ def test_missing_splits_and_clips_are_reported(converted, capsys):
     assert "train: 1 samples of 1 clips written, such as p/7\n" in printed
     assert re.search("train: 1 samples of 1 clips not under .*, such as p/8\n", printed)
     assert "train: 1 samples of 1 clips without text, such as p/9\n" in printed
-    assert "val: no annotation file is named results_*_val.csv\n" in printed
+    assert "val: no annotation file is named results_*_val.csv or val/partitions" in printed
 
 
 def test_manifests_of_an_earlier_conversion_step_aside(converted, tmp_path, capsys):
@@ -3510,6 +3527,11 @@ def test_tables_are_read_as_programs_save_them(content, converted):
 def test_marked_encodings_are_read(name, file, content, clip, encoding, converted):
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     assert converted(name, {file: text.encode(encoding)}, [clip])["train"][0]["video"] == clip
+
+
+def test_half_an_emoji_is_replaced(converted):
+    notes = {"train.jsonl": '{"clip_name": "v_QOl", "caption": "a dog \\ud83d"}'}
+    assert converted("activitynet", notes, ["QOl.mp4"])["train"][0]["text"] == "a dog \ufffd"
 
 
 def test_huge_caption_files_are_read_in_pieces(tmp_path):
