@@ -183,7 +183,7 @@ class Manifest:
             raise DataError(f"{source_line}: not JSON ({error}): {excerpt!r}; expected an object "
                             'such as {"video": "a.mp4", "text": "a dog runs"}') from None
         # A line of a table, a folder or a shard says itself where it comes from.
-        sample = {"source_line": source_line, "where": source_line}
+        sample = {"source_line": source_line}
         sample.update(checked(fields, source_line))
         folder = self.paths[manifest_id].absolute().parent
         sample["video"] = str(folder / need(sample, "video"))
@@ -258,12 +258,11 @@ def need(sample: dict, field: str) -> object:
     the key that was probably meant."""
     if sample.get(field) not in (None, "", []):
         return sample[field]
-    ours = {*FIELDS, "source_line", "where"}
-    keys = [key for key in sample if key not in ours]
+    keys = [key for key in sample if key not in (*FIELDS, "source_line")]
     meant = [key for key in keys if key.lower() in ALIASES.get(field, ())]
     meant += difflib.get_close_matches(field, keys)
     hint = f'; rename "{meant[0]}" to "{field}"' if meant else ""
-    present = ", ".join(key for key in sample if key not in ("source_line", "where"))
+    present = ", ".join(key for key in sample if key != "source_line")
     raise DataError(f'{sample["source_line"]}: lacks "{field}"{hint}; its keys are {present} '
                     f"(of a table, --columns {field}=NAME says which column it is)")
 

@@ -50,8 +50,8 @@ from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Temporal, 
                       candidate_scores, class_scores, load_release, load_weights, match_logits,
                       pretraining_scores, read_weights, text_embedding, video_embedding,
                       word_patch_transport)
-from data import (MEDIA, Clips, DataError, Manifest, Tokenizer, collate, duration, is_image, load,
-                  replacing, temporary_manifest)
+from data import (Clips, DataError, Manifest, Tokenizer, clip_files, collate, duration, is_image,
+                  load, replacing, temporary_manifest)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
@@ -1117,17 +1117,15 @@ def nearest_clips(scorer: Scorer, features: dict[int, Tensor], ids: tuple[int, .
 # ---- Running on videos, and printing the results ------------------------------------------------
 
 def video_samples(path: Path, columns: tuple[str, ...]) -> list[dict]:
-    """The clips at `path`: those of a manifest, of a folder at any depth, or the file itself."""
-    if path.suffix in (".jsonl", ".csv", ".tsv"):
-        fields = ("video", "member", "start", "end", "fps", "image", "boxes")
-        samples = []
-        for line in Manifest(path, columns):
-            samples.append({name: line[name] for name in fields if name in line})
-        return samples
-    files = [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in MEDIA]
-    return [{"video": str(file.absolute())} for file in files]
+    """The clips at `path`: those of a manifest, of a folder at any depth, of shards, or the file
+    itself."""
+    if path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
+        return [file.fields() for file in clip_files(path)]
+    fields = ("video", "member", "start", "end", "fps", "image", "boxes")
+    samples = []
+    for line in Manifest(path, columns):
+        samples.append({name: line[name] for name in fields if name in line})
+    return samples
 
 
 def cut_windows(sample: dict, seconds: float) -> list[dict]:

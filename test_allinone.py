@@ -1547,7 +1547,7 @@ def samples_of(paths, columns=()) -> list[dict]:
     samples = list(Manifest(paths, columns))
     for sample in samples:
         sample["video"] = Path(sample["video"]).name
-        del sample["source_line"], sample["where"]
+        del sample["source_line"]
     return samples
 
 
