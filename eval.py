@@ -1135,7 +1135,10 @@ def cut_windows(sample: dict, seconds: float) -> list[dict]:
     """
     length = 0.0
     if not is_image(sample):
-        length = duration(sample["video"])
+        place = [sample["video"]]
+        if "member" in sample:                         # of a shard
+            place.append(tuple(sample["member"][part] for part in ("offset", "size", "name")))
+        length = duration(*place)
     end = min(sample.get("end", math.inf), length or math.inf)
     if end == math.inf:
         return [sample]
@@ -1601,12 +1604,11 @@ def measure_throughput(config: Config, device: torch.device, batch: int) -> floa
     return batch / seconds_of(lambda: model(video, ids).pooled, device)
 
 
-def profile(sizes: dict, batch: int) -> None:
+def profile(sizes: dict, batch: int, device: torch.device) -> None:
     """--task profile: costs of each variant (Tab. 1), of each exchange (Tab. 8a, 9), of retrieval.
 
     sizes: fields of Config that differ from its defaults. batch: clips of a joint pass.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     configs = {name: {**sizes, **fields} for name, fields in VARIANTS.items()}
     for temporal in typing.get_args(Temporal)[1:]:
         configs[f"B {temporal}"] = {**sizes, "temporal": temporal}
@@ -1615,32 +1617,33 @@ def profile(sizes: dict, batch: int) -> None:
         config = Config(**fields)
         with torch.device("meta"):
             model = AllInOne(config)
-        row = {"": name, "params M": count_parameters(model, heads=False) / 1e6,
+        row = {"model": name, "params M": count_parameters(model, heads=False) / 1e6,
                "all heads M": count_parameters(model) / 1e6}
         for part, macs in count_macs(config).items():
             row[f"{part} G"] = macs / 1e9
         row["clips/s"] = measure_throughput(config, device, batch)
         rows.append(row)
-    print("Parameters without MLM's and VTC's heads (Tab. 1) and all; 1e9 multiply-adds of a clip;"
-          f"\njoint passes in batches of {batch} on {device.type}\n")
-    print(*table_lines(rows), sep="\n")
-    print("\nRetrieval with B, one query (Tab. 14; the paper's on 8 A100 and two Xeon 8255C)\n")
-    print(*table_lines(retrieval_times(Config(**sizes), device), digits=2), sep="\n")
-    print("\nSearch by cosine in made-up features on the CPU, against joint passes with all\n")
-    print(*table_lines(search_times(Config(**sizes), device)), sep="\n", flush=True)
+    tables = [
+        ("Parameters without MLM's and VTC's heads (Tab. 1) and all; 1e9 multiply-adds of a clip;\n"
+         f"joint passes in batches of {batch} on {device.type}", rows, 1),
+        ("Retrieval with B, one query (Tab. 14; the paper's on 8 A100 and 88 cores of Xeon 8255C)",
+         retrieval_times(Config(**sizes), device), 2),
+        ("Search by cosine in made-up features on the CPU, against joint passes with all clips",
+         search_times(Config(**sizes), device), 1)]
+    for title, rows, digits in tables:
+        print_main(f"\n{title}\n", *table_lines(rows, digits), sep="\n")
 
 
 def retrieval_times(config: Config, device: torch.device) -> list[dict]:
-    """Rows of Tab. 14: milliseconds to encode a clip and a text, batch of one, and to rank."""
+    """Rows of Tab. 14: milliseconds to encode a clip and a text (batch of one) and to rank."""
     model = AllInOne(config).to(device).eval()
     video, ids = made_up_inputs(config, device, 1)
-    clip = seconds_of(lambda: video_embedding(model, video), device)
-    text = seconds_of(lambda: text_embedding(model, ids), device)
-    return [{"step": "encode a clip", "ms": 1000 * clip, "paper ms": 33.16},
-            {"step": "encode a text", "ms": 1000 * text, "paper ms": 12.05},
-            {"step": "rank 1,000 clips", "ms": 1000 * ranking_seconds(1000, 1), "paper ms": 1.51},
-            {"step": "rank 1,000,000 clips", "ms": 1000 * ranking_seconds(1_000_000, 1),
-             "paper ms": 143.25}]
+    seconds = {"encode a clip": seconds_of(lambda: video_embedding(model, video), device),
+               "encode a text": seconds_of(lambda: text_embedding(model, ids), device),
+               "rank 1,000 clips": ranking_seconds(1000, 1),
+               "rank 1,000,000 clips": ranking_seconds(1_000_000, 1)}
+    return [{"step": step, "ms": 1000 * seconds[step], "paper ms": paper}
+            for step, paper in zip(seconds, (33.16, 12.05, 1.51, 143.25))]
 
 
 def ranking_seconds(clips: int, queries: int) -> float:
@@ -1811,9 +1814,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = given_flags(parser, argv)
     config = EvalConfig(**{name: flags[name] for name in flags if name not in MODEL_FLAGS})
     check_flags(config, parser)
-    if config.task == "profile":
-        return profile({name: flags[name] for name in MODEL_FLAGS if name in flags}, config.batch)
     with joined_processes() as device:
+        if config.task == "profile":
+            sizes = {name: flags[name] for name in MODEL_FLAGS if name in flags}
+            return profile(sizes, config.batch, device)
         results = run_task(config, flags, device)
         if config.json and is_main():
             write_json(config.json, results)
