@@ -46,6 +46,7 @@ import difflib
 import fnmatch
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -64,15 +65,19 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image, UnidentifiedImageError
 from tokenizers import BertWordPieceTokenizer
 from tokenizers import Tokenizer as WordPieces
 from torch import Tensor
@@ -921,277 +926,715 @@ Batches, mix = BatchSampler, hash64        # until train.py has the new names
 
 # ==== Clip: frames, pixels, words =================================================================
 
-def sample_frames(n, frames, train, view=0, views=1):
-    """TSN sparse sampling, Sec. 3.1: `frames` ascending indices, one in each equal segment of n.
-    n: frames of the clip, at least 1. train: a random one of the segment (torch's generator), every
-    frame possible; else the segment's centre or, for view v of K (the 3 x 3 frames of Tab. 2 to 4),
-    the centre of its v-th K-th. Where n < frames some are repeated, in order."""
-    picked = []
-    for i in range(frames):
-        low = i * n // frames
-        length = max((i + 1) * n // frames - low, 1)
-        offset = int(torch.randint(length, ())) if train else length * (2 * view + 1) // (2 * views)
-        picked.append(low + offset)
-    return picked
+def sample_frames(n: int, frames: int, train: bool, view: int = 0, views: int = 1) -> list[int]:
+    """TSN sparse sampling, Sec. 3.1: `frames` ascending numbers below n, one in each equal segment.
+
+    n: frames of the clip, at least 1. In training it is a random one of the segment (torch's
+    generator), and every frame is possible. In evaluation it is the segment's centre; view v of K
+    (the 3 x 3 frames of Tab. 2 to 4) takes the centre of the v-th K-th of the segment. Where the
+    clip has fewer frames than segments, some are repeated, in order.
+    """
+    numbers = []
+    for segment in range(frames):
+        begin = segment * n // frames
+        end = (segment + 1) * n // frames
+        length = max(end - begin, 1)
+        if train:
+            offset = int(torch.randint(length, ()))
+        else:
+            offset = length * (2 * view + 1) // (2 * views)
+        numbers.append(begin + offset)
+    return numbers
 
 
-# A frame of these that no other frame refers to is known by its header and may be left undecoded.
-SKIPPABLE = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
-# PyAV before 19 refuses titles that are not UTF-8 unless told; 19 has no such argument.
-OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+Pick = Callable[[int], Sequence[int]]           # of n frames, the numbers of those to read
+RESIZE = "release", "paper", "proportions"      # what --resize may be: see read_frames
 
 
-class Doubtful(Unreadable):
-    """Frames that are damaged, or that the packets' times do not place for sure."""
-
-
-class Member(NamedTuple):
-    """A clip inside a larger file, such as an uncompressed .tar: where its bytes begin, how many
-    there are, and its name for messages."""
-    offset: int
-    size: int
-    name: str = ""
-
-
-RESIZE = ("release", "paper", "proportions")    # how a stored frame becomes a square: read_frames
-
-
-def read_frames(sample: dict, pick: Callable[[int], Sequence[int]], image_size: int,
-                resize: str, train: bool, boxes: bool = True) -> torch.Tensor:
+def read_frames(sample: dict, pick: Pick, image_size: int, resize: str, train: bool,
+                boxes: bool = True) -> torch.Tensor:
     """The chosen frames of a sample as uint8 (S, 3, image_size, image_size), contiguous.
 
-    pick: function of n, the number of frames in the sample's window, to the S numbers wanted.
-    resize: "release" scales the whole frame to a square of 1.2 x image_size, whatever its
-    proportions, and "proportions" its shorter side to as much; both then crop a square of
-    image_size, at random in training, else the centre. "paper" scales the whole frame to the square
-    (Sec. 4.1.1). boxes: draw the sample's "boxes" (VCR, Tab. 5 "Mask"). A sample that has boxes is
-    always scaled whole, drawn or not, since a crop could cut off what its question asks for.
-    Unreadable.
+    pick: function of n, the number of frames in the sample's window, to the S numbers to read.
+    resize: how a stored frame becomes a square.
+    - "release" scales the whole frame to a square of 1.2 x image_size (268 for 224), whatever its
+      proportions, and crops: the release decodes to a square first.
+    - "paper" scales the whole frame to image_size ("resize each frame to 224 x 224", Sec. 4.1.1).
+    - "proportions" scales the shorter side to 1.2 x image_size, keeps the proportions, and crops.
+    A crop is random in training, else the centre, and the same in all frames.
+    boxes: draw the sample's "boxes" (VCR, Tab. 5 "Mask"). A sample that has boxes is always scaled
+    whole, drawn or not, because a crop could cut off what its question is about.
+    Raises Unreadable.
     """
-    path, member = sample["video"], sample.get("member")
-    if member:
+    member = sample.get("member")
+    if member is not None:
         check_member(sample)
         member = Member(member["offset"], member["size"], member["name"])
-    window = {name: sample.get(name) for name in ("start", "end", "fps")}
-    larger = int(1.2 * image_size)                                          # 268 for 224
+    read = partial(decode, sample["video"], pick, start=sample.get("start"), end=sample.get("end"),
+                   fps=sample.get("fps"), member=member)
     if sample.get("boxes"):
-        video = decode(path, pick, None, member=member, **window)           # as stored
+        video = read(size=None)                 # boxes are in pixels of the stored frame
         if boxes:
             video = draw_boxes(video, sample["boxes"])
         return v2.functional.resize(video, [image_size, image_size])
     if resize == "paper":
-        return decode(path, pick, (image_size, image_size), member=member, **window)
-    size = (larger, larger) if resize == "release" else larger
-    return crop(decode(path, pick, size, member=member, **window), image_size, train)
+        return read(size=(image_size, image_size))
+    larger = int(1.2 * image_size)
+    if resize == "release":
+        return crop(read(size=(larger, larger)), image_size, train)
+    return crop(read(size=larger), image_size, train)
 
 
-def decode(path, pick, size=None, start=None, end=None, fps=None, member=None):
-    """Exactly the chosen frames of a clip, decoding as little else as their codec allows.
-    path: a video, an image (one frame) or a folder of frames, `fps` of them a second. pick:
-    function of n, the frames that there are, to the list of wanted indices, repeats allowed. size:
-    pixels of the shorter side, the proportions kept, or (height, width); None: as stored. start,
-    end: seconds after the first frame; the n frames are those shown in [start, end). Returns uint8
-    RGB (S, 3, h, w) in the order picked, upright, each pixel that of a full decode. Unreadable."""
+def crop(video: torch.Tensor, size: int, train: bool) -> torch.Tensor:
+    """A square of uint8 (S, 3, h, w), h and w >= size: (S, 3, size, size), contiguous.
+
+    The square is random in training, else the centre, and the same in all frames. It is copied,
+    because a view would carry the pixels around it from the reading process to the GPU.
+    """
+    if train:
+        square = v2.RandomCrop(size)(video)
+    else:
+        square = v2.functional.center_crop(video, [size, size])
+    return square.contiguous()
+
+
+def draw_boxes(video: torch.Tensor, boxes: Sequence[Sequence[float]]) -> torch.Tensor:
+    """VCR, Sec. 4.2.4, Fig. 5: a mask over each entity in its own colour. uint8 (S, 3, h, w).
+
+    boxes: [[identity, x0, y0, x1, y1], ...] in pixels of the frames. As in the release, a mask is
+    0.7 of the image and 0.3 of the colour, with an outline of 3 pixels.
+    """
+    colours = [identity_colour(identity) for identity, *_ in boxes]
+    corners = torch.tensor([corners for _, *corners in boxes], dtype=torch.float32)
+    x = torch.arange(video.shape[3])
+    y = torch.arange(video.shape[2])[:, None]
+    masks = torch.stack([(x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
+                         for x0, y0, x1, y1 in corners])                        # (boxes, h, w)
+    drawn = []
+    for frame in video:
+        filled = draw_segmentation_masks(frame, masks, 0.3, colours)
+        drawn.append(draw_bounding_boxes(filled, corners, colors=colours, width=3))
+    return torch.stack(drawn)
+
+
+def identity_colour(identity: int) -> tuple[int, int, int]:
+    """A colour of its own for each identity: hues a golden section apart never come close."""
+    red, green, blue = colorsys.hsv_to_rgb(0.618034 * identity % 1, 1, 1)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+# ---- decoding: exactly the chosen frames, and as little else as the codec allows
+
+# The plain decode, from the first packet to the last, defines what the frames of a clip are
+# (PlainDecode). It is slow. PlannedDecode decodes a few frames instead of all. It rests on what the
+# file says about itself, checks that, and raises Doubtful where it does not hold; then the plain
+# decode takes over.
+
+# Of these codecs the decoder tells which frames are keyframes, so that a container's claim can be
+# checked. Codecs without any reference between frames (JPEG, ProRes, ...) need no check.
+PLANNED_CODECS = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video"}
+# Of these codecs the header of a frame tells whether another one refers to it.
+SKIPPABLE_CODECS = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
+MAX_PAUSE = 3600.0      # seconds between frames; a longer one is a clock that was set anew
+MAX_PROPORTION = 20     # of the longer side of a frame to the shorter, where proportions are kept
+# (a, b, c, d) of each EXIF orientation 1 to 8, with the meaning that display_matrix states.
+EXIF_ORIENTATIONS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
+                     5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
+ROTATIONS = {0: 1, 90: 8, 180: 3, 270: 6}       # degrees anticlockwise: EXIF orientation
+# PyAV before 19 raises on titles that are not UTF-8; 19 has no such argument.
+OPEN_OPTIONS = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+
+
+class Doubtful(Unreadable):
+    """The frames are damaged, or the packets' headers do not place them for sure."""
+
+
+class Member(NamedTuple):
+    """A clip inside a larger file, such as an uncompressed .tar: a range of its bytes."""
+    offset: int
+    size: int
+    name: str = ""          # for messages
+
+
+@dataclass(frozen=True)
+class Source:
+    """The bytes of a clip: a whole file, or a member of one. str() names it in messages."""
+    path: str
+    member: Member | None = None
+
+    def __str__(self) -> str:
+        if self.member is None:
+            return self.path
+        return f"{self.path}, member {self.member.name or self.member.offset}"
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return os.path.getsize(self.path) if self.member is None else self.member.size
+
+    @property
+    def url(self) -> str:
+        """What FFmpeg opens: its own protocol for a range of bytes is as fast as a file."""
+        if self.member is None:
+            return self.path
+        begin = self.member.offset
+        return f"subfile,,start,{begin},end,{begin + self.member.size},,:{self.path}"
+
+    def read(self) -> bytes:
+        """All bytes."""
+        with open(self.path, "rb") as file:
+            file.seek(0 if self.member is None else self.member.offset)
+            return file.read(self.size)
+
+
+def decode(path: str | os.PathLike, pick: Pick, size: int | tuple[int, int] | None = None,
+           start: float | None = None, end: float | None = None, fps: float | None = None,
+           member: tuple | None = None) -> torch.Tensor:
+    """Exactly the chosen frames of a clip: uint8 RGB (S, 3, h, w), upright, in the order picked.
+
+    Each pixel is that of a full decode.
+    path: a video, an image (one frame) or a folder of frames, `fps` of them a second.
+    pick: function of n, the number of frames, to the numbers of those to read, repeats allowed.
+    size: (height, width), or pixels of the shorter side, the proportions kept; None: as stored.
+    start, end: seconds after the first frame. The n frames are those shown in [start, end).
+    member: (offset, size[, name]) of a clip that is a range of bytes of the file `path`.
+    Raises Unreadable, which names the file and the reason.
+    """
+    source = Source(os.fspath(path), None if member is None else Member(*member))
+    check_window(source, start, end)
     try:
-        chosen = partial(choose, path, pick, size, start, end)
         if os.path.isdir(path):
-            return chosen(*folder_frames(path, fps, start, end))
+            return read_pixels(FrameFolder(source, fps, start, end), pick, size, start, end)
         try:
-            container, stream = open_video(path)
+            container, stream = open_video(source)
             with container:
-                return chosen(*planned_frames(path, container, stream, start, end))
+                planned = PlannedDecode(source, container, stream, start, end)
+                return read_pixels(planned, pick, size, start, end)
         except (Doubtful, av.FFmpegError):
-            # The plain decode from the first frame is the definition of a clip's frames: where the
-            # plan fails it either succeeds or says what is wrong with the file.
-            return chosen(*serial_frames(path))
-    except (av.FFmpegError, ValueError, OSError, OverflowError) as error:
+            return read_pixels(PlainDecode(source), pick, size, start, end)
+    except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise Unreadable(f"{path}: cannot be decoded ({reason}); replace or re-encode it"
+        raise Unreadable(f"{source}: cannot be decoded ({reason}); replace or re-encode it"
                          ) from error
 
 
-def choose(path, pick, size, start, end, seconds, frames):
-    """The frames that `pick` chooses, as `decode` returns them.
-    seconds: when each frame is shown, counted from the first. frames: a function of ascending
-    numbers of frames, which yields (number, frame) of these and of any others, in order."""
-    if not seconds:
-        raise Unreadable(f"{path}: holds no frame; the file is truncated or not a video")
-    first = 0 if start is None else bisect.bisect_left(seconds, start)
-    last = len(seconds) if end is None else bisect.bisect_left(seconds, end)
-    if first >= last and 0 < first < len(seconds):
-        first, last = first - 1, first                  # the one on display at `start`
-    if first >= last:
-        raise Unreadable(f"{path}: no frame lies between the sample's start and end; check them")
-    targets = [first + k for k in pick(last - first)]
-    missing, found, damaged, reformatter = set(targets), {}, False, VideoReformatter()
-    for number, frame in frames(sorted(missing)):
-        damaged = frame.is_corrupt or damaged and not frame.key_frame       # predicted from damage
+def check_window(source: Source, start: float | None, end: float | None) -> None:
+    """Unreadable unless start and end are seconds, and the one comes before the other."""
+    for name, value in ("start", start), ("end", end):
+        if value is not None and (math.isnan(value) or value == -math.inf):
+            raise Unreadable(f'{source}: the sample\'s "{name}" is {value}; expected seconds')
+    if start == math.inf or None not in (start, end) and start >= end:
+        raise Unreadable(f'{source}: the sample\'s "start" is {start} and its "end" {end}; '
+                         "expected a start before the end; check them")
+
+
+class Decode(Protocol):
+    """The frames of a clip, numbered from 0 in the order in which they are shown."""
+    seconds: list[float]        # when each frame is shown, counted from the first
+    lasts: float                # seconds until the last one disappears
+
+    def source(self, number: int) -> Source:
+        """Where frame `number` is stored."""
+
+    def frames(self, numbers: list[int]) -> Iterator[tuple[int | None, av.VideoFrame | None]]:
+        """Yields (number, frame) for the ascending `numbers`, in order, and for other frames that
+        had to be decoded. The number may be None for those; the frame is None where it is lost."""
+
+
+def read_pixels(clip: Decode, pick: Pick, size: int | tuple[int, int] | None,
+                start: float | None, end: float | None) -> torch.Tensor:
+    """What `decode` returns of a clip."""
+    window = frames_shown(clip, start, end)
+    chosen = [window[k] for k in pick(len(window))]
+    missing = set(chosen)
+    reformatter = VideoReformatter()
+    pixels = {}
+    for number, frame, damaged in with_damage(clip.frames(sorted(missing))):
         if number not in missing:
             continue
+        source = clip.source(number)
         if damaged:
-            raise Doubtful(f"{path}: damaged around {seconds[number]:.2f} s; encode it again")
-        if not isinstance(size, tuple):                 # all are sized as the first one is
-            short = min(frame.width, frame.height)
-            scale = (size or short) / short
-            size = round(frame.height * scale), round(frame.width * scale)
-        rgb = reformatter.reformat(frame, size[1], size[0], format="rgb24", threads=1,
-                                   interpolation=Interpolation.BILINEAR)
-        upright = np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))
-        found[number] = torch.from_numpy(upright).permute(2, 0, 1)
+            raise Doubtful(f"{source}: damaged around {clip.seconds[number]:.2f} s; "
+                           "replace or re-encode it")
+        matrix = display_matrix(frame, source)
+        if not isinstance(size, tuple):         # all frames take the size of the first one
+            size = scaled_size(source, frame, matrix, size)
+        pixels[number] = upright_pixels(frame, matrix, size, reformatter)
         missing.remove(number)
         if not missing:
-            return torch.stack([found[number] for number in targets])
-    raise Doubtful(f"{path}: holds fewer frames than it says; replace or re-encode it")
+            return torch.stack([pixels[number] for number in chosen])
+    raise Doubtful(f"{clip.source(0)}: holds fewer frames than it says; replace or re-encode it")
 
 
-def open_video(path):
-    """(container, its first real video stream, set to decode on one thread)."""
-    if not os.path.exists(path):
-        raise Unreadable(f"{path}: no such file")
-    container = av.open(str(path), **OPEN)
-    for stream in container.streams.video:
-        cover = stream.disposition & av.stream.Disposition.attached_pic
-        if stream.codec_context and not cover and container.format.name != "tty":   # a text file
-            stream.codec_context.thread_count = 1   # the reading processes are the parallelism
-            return container, stream
-    raise Unreadable(f"{path}: has no video stream with a known codec; re-encode it as H.264")
+def frames_shown(clip: Decode, start: float | None, end: float | None) -> range:
+    """Numbers of the frames that are shown in [start, end) seconds, at least one."""
+    source, seconds = clip.source(0), clip.seconds
+    if not seconds:
+        raise Unreadable(f"{source}: holds no frame; the file is truncated or not a video")
+    first = 0 if start is None else bisect.bisect_left(seconds, start)
+    last = len(seconds) if end is None else bisect.bisect_left(seconds, end)
+    if first == last and first > 0 and start < clip.lasts:
+        first -= 1                              # none appears, but one is on display at `start`
+    if first >= last:
+        raise Unreadable(f"{source}: no frame lies between the sample's start and end; check them")
+    return range(first, last)
 
 
-def duration(path):
-    """Seconds that a clip lasts, by its header; 0 where it says nothing or cannot be read."""
+def with_damage(frames: Iterable[tuple[int | None, av.VideoFrame | None]],
+                ) -> Iterator[tuple[int | None, av.VideoFrame | None, bool]]:
+    """Tells of each frame whether it is damaged, or may be predicted from one that is.
+
+    A frame is predicted from those before it, back to a keyframe, so that damage lasts until the
+    next keyframe. B-frames are predicted from the next frame too: they wait until it is known.
+    """
+    damaged = False
+    waiting = []
+    for number, frame in frames:
+        broken = frame is None or frame.is_corrupt
+        if broken:
+            damaged = True
+            waiting = [(n, b_frame, True) for n, b_frame, _ in waiting]
+        elif frame.key_frame:
+            damaged = False
+        if not broken and frame.pict_type == PictureType.B:
+            waiting.append((number, frame, damaged))
+            continue
+        yield from waiting
+        waiting = []
+        yield number, frame, damaged
+    yield from waiting
+
+
+def display_matrix(frame: av.VideoFrame, source: Source) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of the turn and reflection with which a stored frame is to be shown.
+
+    The pixel in column x and row y is shown in column a x + c y and row b x + d y.
+    """
     try:
-        container, stream = open_video(path)
-        with container:                             # its sound may last longer than its picture
-            return float(stream.duration * stream.time_base if stream.duration
-                         else (container.duration or 0) / av.time_base)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:      # PyAV before 19 does not know EXIF, nor the matrix beside it
+        orientation = exif_orientation(source) or ROTATIONS[round(frame.rotation / 90) * 90 % 360]
+        return EXIF_ORIENTATIONS[orientation]
+    if matrix is None:
+        return EXIF_ORIENTATIONS[1]
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    return a, b, c, d
+
+
+def exif_orientation(source: Source) -> int | None:
+    """1 to 8, as in a picture's EXIF data; None for a film."""
+    try:
+        with Image.open(io.BytesIO(source.read())) as picture:
+            return picture.getexif().get(0x112, 1)
+    except UnidentifiedImageError:
+        return None
+
+
+def is_transposed(matrix: tuple[int, int, int, int]) -> bool:
+    """Whether a frame's columns are shown as rows."""
+    a, b, _, _ = matrix
+    return abs(b) > abs(a)
+
+
+def scaled_size(source: Source, frame: av.VideoFrame, matrix: tuple[int, int, int, int],
+                short: int | None) -> tuple[int, int]:
+    """(height, width) of a frame as shown, of `short` pixels on its shorter side (None: as stored).
+
+    Unreadable where a line of pixels would be blown up to gigabytes.
+    """
+    height, width = frame.height, frame.width
+    if is_transposed(matrix):
+        height, width = width, height
+    if short is None:
+        return height, width
+    if max(height, width) > MAX_PROPORTION * min(height, width):
+        raise Unreadable(f"{source}: frames of {width} x {height} pixels; expected a longer side of "
+                         f"at most {MAX_PROPORTION} times the shorter; crop it, or scale it whole "
+                         "(--resize release)")
+    scale = short / min(height, width)
+    return round(height * scale), round(width * scale)
+
+
+def upright_pixels(frame: av.VideoFrame, matrix: tuple[int, int, int, int], size: tuple[int, int],
+                   reformatter: VideoReformatter) -> torch.Tensor:
+    """A frame scaled to (height, width) as shown, turned and reflected: uint8 RGB (3, h, w)."""
+    height, width = size
+    a, b, c, d = matrix
+    across, down = a, d
+    if is_transposed(matrix):
+        height, width = width, height
+        across, down = c, b
+    rgb = reformatter.reformat(frame, width, height, format="rgb24", threads=1,
+                               interpolation=Interpolation.BILINEAR)
+    pixels = rgb.to_ndarray()                   # (h, w, 3)
+    if is_transposed(matrix):
+        pixels = pixels.transpose(1, 0, 2)
+    if across < 0:
+        pixels = pixels[:, ::-1]
+    if down < 0:
+        pixels = pixels[::-1]
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def open_video(source: Source) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """A container and its first video stream that is no cover picture, to decode on one thread."""
+    if not os.path.exists(source.path):
+        raise Unreadable(f"{source}: no such file")
+    if source.member and source.member.offset + source.size > os.path.getsize(source.path):
+        raise Unreadable(f"{source}: ends after the file does; the file is truncated, or another "
+                         "one than when its members were listed; fetch it again")
+    container = av.open(source.url, **OPEN_OPTIONS)
+    try:
+        return container, video_stream(source, container)
+    except Unreadable:
+        container.close()
+        raise
+
+
+def video_stream(source: Source, container: av.container.InputContainer) -> av.VideoStream:
+    """The stream that open_video takes."""
+    for stream in container.streams.video:
+        if stream.disposition & Disposition.dependent:
+            raise Unreadable(f"{source}: a picture stored as a grid of tiles, as phones do, which "
+                             "cannot be joined here; convert it to JPEG or PNG")
+    for stream in container.streams.video:
+        cover = stream.disposition & Disposition.attached_pic
+        text = container.format.name == "tty"
+        if stream.codec_context and not cover and not text:
+            stream.codec_context.thread_count = 1       # the reading processes are the parallelism
+            return stream
+    raise Unreadable(f"{source}: has no video stream with a known codec; re-encode it as H.264")
+
+
+def frame_rate(stream: av.VideoStream) -> Fraction:
+    """Frames a second, for frames without times; 25 where nothing says so, as in FFmpeg."""
+    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    return seconds_of(rate)
+
+
+def seconds_of(rational) -> Fraction:
+    """A time base of PyAV: a Fraction up to version 18, an AVRational of its own since 19."""
+    return Fraction(rational.numerator, rational.denominator)
+
+
+def has_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    """Whether frames bring their times along. AVI has none; FFmpeg makes them up from the order of
+    the packets, which is not that of the frames where there are B-frames."""
+    return not (container.format.name == "avi" and stream.codec_context.has_b_frames)
+
+
+def duration(path: str | os.PathLike, member: tuple | None = None) -> float:
+    """Seconds that a clip is shown; 0 where it cannot be read.
+
+    Where the header does not say so (a live WebM, raw H.264, a transport stream), the packets do.
+    """
+    source = Source(os.fspath(path), None if member is None else Member(*member))
+    try:
+        container, stream = open_video(source)
+        with container:
+            guess = container.format.name in ("mpegts", "mpeg")     # of FFmpeg, not of the file
+            if stream.duration and not guess:       # the sound may last longer than the picture
+                return float(stream.duration * stream.time_base)
+            if container.duration and not guess:
+                return container.duration / av.time_base
+            return shown_seconds(container, stream)
     except (av.FFmpegError, Unreadable):
         return 0.0
 
 
-def guessed(container, stream):
-    """Whether pts are made up: AVI stores none, which shows where frames are reordered."""
-    return container.format.name == "avi" and stream.codec_context.has_b_frames
+def shown_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Seconds from the first packet of a stream to the end of the last one."""
+    clock, tick = Clock(frame_rate(stream)), seconds_of(stream.time_base)
+    lasts = 0.0
+    for packet in container.demux(stream):
+        if packet.size > 0:
+            second = clock.advance(None if packet.dts is None else packet.dts * tick)
+            length = packet.duration * tick if packet.duration else clock.step
+            lasts = float(second + length)
+    return lasts
 
 
-def every_frame(path):
-    """Yield (seconds after the first, frame) of a plain decode, first packet to last."""
-    container, stream = open_video(path)
-    rate, first = stream.average_rate or 1, None
+class Clock:
+    """Seconds after the first frame of a clip, exact, for frames in the order they are shown.
+
+    Where the times of a file run back or leap (films joined end to end), the clock goes on from the
+    frame before, and so it does for a frame without a time.
+    """
+
+    def __init__(self, rate: Fraction):
+        self.step = 1 / rate
+        self.now = None
+        self.origin = Fraction(0)       # the file's time at the clock's 0
+
+    def advance(self, time: Fraction | None) -> Fraction:
+        """The clock's time of the next frame; `time`: what the file says, in seconds."""
+        if self.now is None:
+            self.now = Fraction(0)
+            self.origin = time or self.origin
+        elif time is None:
+            self.now += self.step
+        else:
+            if not self.now < time - self.origin < self.now + MAX_PAUSE:
+                self.origin = time - (self.now + self.step)
+            self.now = time - self.origin
+        return self.now
+
+
+class PlainDecode:
+    """Every frame of a clip, decoded from the first packet: once to count, once to keep."""
+
+    def __init__(self, source: Source):
+        self.path = source
+        self.seconds, self.lasts = [], 0.0
+        for second, length, _ in every_frame(source):
+            self.seconds.append(float(second))
+            self.lasts = float(second + length)
+
+    def source(self, number: int) -> Source:
+        return self.path
+
+    def frames(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame | None]]:
+        for number, (_, _, frame) in enumerate(every_frame(self.path)):
+            yield number, frame
+
+
+def every_frame(source: Source) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame | None]]:
+    """Yields (seconds after the first frame, seconds that it is shown, frame) of a plain decode.
+
+    The frame is None where a packet cannot be decoded: that frame is lost, the others go on.
+    """
+    container, stream = open_video(source)
     with container:
-        for i, frame in enumerate(container.decode(stream)):
-            first = frame.pts if first is None else first
-            timed = frame.pts is not None and not guessed(container, stream)
-            yield float((frame.pts - first) * frame.time_base if timed else i / rate), frame
+        clock = Clock(frame_rate(stream))
+        timed = has_times(container, stream)
+        for frame in decoded_or_lost(container, stream):
+            if frame is None and timed and clock.now is not None:
+                yield clock.now, clock.step, None       # its time is not known: with the last one
+                continue
+            time, length = None, clock.step
+            if frame is not None and frame.pts is not None and timed:
+                time = frame.pts * seconds_of(frame.time_base)
+            if frame is not None and frame.duration:
+                length = frame.duration * seconds_of(frame.time_base)
+            yield clock.advance(time), length, frame
 
 
-def serial_frames(path):
-    """(seconds, frames) for `choose`: decoded from the first, once to count and once to keep."""
-    return ([second for second, _ in every_frame(path)],
-            lambda numbers: enumerate(frame for _, frame in every_frame(path)))
+def decoded_or_lost(container: av.container.InputContainer, stream: av.VideoStream,
+                    ) -> Iterator[av.VideoFrame | None]:
+    """Yields the frames of a plain decode, None for a packet that cannot be decoded.
+
+    Where no packet can, raises what the decoder says.
+    """
+    decoded, failure = False, None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            frames, failure = [None], error
+        for frame in frames:
+            decoded = decoded or frame is not None
+            yield frame
+    if failure is not None and not decoded:
+        raise failure
 
 
-def folder_frames(path, fps, start, end):
-    """(seconds, frames) for `choose` of a folder of images, 2.jpg before 10.jpg."""
-    if not fps and (start is not None or end is not None):
-        raise Unreadable(f"{path}: a folder of frames has no times; give their rate as "
-                         '"fps", or drop "start" and "end"')
-    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGES)]
-    names.sort(key=lambda name: [int(part) if part.isdigit() else part
-                                 for part in re.split(r"(\d+)", name)])
-    return ([i / (fps or 1) for i in range(len(names))],
-            lambda numbers: ((i, frame) for i in numbers
-                             for _, frame in every_frame(os.path.join(path, names[i]))))
+class FrameFolder:
+    """A folder of images is a clip, 2.jpg before 10.jpg."""
+
+    def __init__(self, source: Source, fps: float | None, start: float | None, end: float | None):
+        if not fps and (start is not None or end is not None):
+            raise Unreadable(f"{source}: a folder of frames has no times; give their rate as "
+                             '"fps", or drop "start" and "end"')
+        names = [name for name in os.listdir(source.path) if name.lower().endswith(IMAGES)]
+        names.sort(key=numbered_name)
+        self.folder = source
+        self.images = [Source(os.path.join(source.path, name)) for name in names]
+        self.seconds = [i / (fps or 1) for i in range(len(names))]
+        self.lasts = len(names) / (fps or 1)
+
+    def source(self, number: int) -> Source:
+        return self.images[number] if self.images else self.folder
+
+    def frames(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame | None]]:
+        for number in numbers:
+            _, _, frame = next(every_frame(self.images[number]))
+            yield number, frame
 
 
-def planned_frames(path, container, stream, start, end):
-    """(seconds, frames) for `choose`, times and keyframes from packet headers: exact for any frame
-    rate, in any container with pts. Decoding goes from a keyframe to the last frame wanted before
-    the next: so a seek never costs a decoded frame and always saves some. Unreadable if cut off."""
-    tick, origin, index = stream.time_base, stream.start_time or 0, stream.index_entries
-    low, high = (None if t is None else origin + t / float(tick) for t in (start, end))
-    truncated = len(index) > 0 and index[-1].pos + index[-1].size > os.path.getsize(path)
-    if guessed(container, stream):
-        raise Doubtful
-    if low is not None:
-        container.seek(int(low), stream=stream)
-    pts, keys, last = [], [], {}                    # last: the last packet of each stream
+def numbered_name(name: str) -> list[int | str]:
+    """A file's name as a key that sorts the numbers in it by their value."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+class PlannedDecode:
+    """The frames of a clip, with as few of the others decoded as its codec allows.
+
+    The packets' headers say when each frame is shown, and which are keyframes, whatever the
+    container and the frame rate. A frame is decoded from the last keyframe before it, and frames
+    that no other refers to are skipped. Raises Doubtful where the headers contradict themselves
+    or the decoder, Unreadable where the file is cut off.
+    """
+
+    def __init__(self, source: Source, container: av.container.InputContainer,
+                 stream: av.VideoStream, start: float | None, end: float | None):
+        self.path, self.container, self.stream = source, container, stream
+        tick, index = float(stream.time_base), stream.index_entries
+        whole = start is None and end is None
+        if len(index) > 0 and index[-1].pos + index[-1].size > source.size:
+            raise Unreadable(f"{source}: the file is truncated; fetch or encode it again")
+        if stream.start_time is None and not whole:
+            raise Doubtful(f"{source}: does not say when it begins")
+        origin = stream.start_time or 0
+
+        sought = start is not None and len(index) > 0
+        if sought:
+            low = max(origin + int(start / tick), origin)
+            container.seek(low, stream=stream)
+        high = None if end is None else origin + end / tick
+        headers, ends = read_headers(container, stream, high)
+        if whole and is_cut_off(container, stream, headers, ends):
+            raise Unreadable(f"{source}: the file is truncated or damaged; fetch or encode it again")
+        check_trust(source, container, stream, headers)
+
+        self.pts = sorted(header.pts for header in headers if not header.is_hidden)
+        self.keys = [header.pts for header in headers if header.is_key]
+        if whole and self.pts:
+            origin = self.pts[0]
+        if not sought:
+            low = origin
+        if not self.pts or not self.keys or self.keys[0] > low:
+            raise Doubtful(f"{source}: its first frames follow no keyframe")
+        if not sought and self.pts[0] != origin:
+            raise Doubtful(f"{source}: begins at another time than it says")
+        self.seconds = [float((time - origin) * seconds_of(stream.time_base)) for time in self.pts]
+        last = max(headers, key=lambda header: header.pts)
+        self.lasts = self.seconds[-1] + last.duration * tick
+
+    def source(self, number: int) -> Source:
+        return self.path
+
+    def keyframe(self, pts: int) -> int:
+        """The time of the last keyframe at or before a time."""
+        return self.keys[max(bisect.bisect_right(self.keys, pts) - 1, 0)]
+
+    def frames(self, numbers: list[int]) -> Iterator[tuple[int | None, av.VideoFrame]]:
+        number_of = {self.pts[number]: number for number in numbers}
+        for key, group in itertools.groupby(number_of, self.keyframe):
+            for frame in in_order(self.path, self.decode_group(key, set(group)), key):
+                yield number_of.get(frame.pts), frame
+
+    def decode_group(self, key: int, missing: set[int]) -> Iterator[av.VideoFrame]:
+        """Yields the frames from the keyframe at time `key` to the last of the `missing` times.
+
+        Frames that no other refers to are skipped unless missing: no pixel of the others changes.
+        """
+        context = self.stream.codec_context
+        skippable = context.codec.canonical_name in SKIPPABLE_CODECS
+        started = False
+        self.container.seek(key, stream=self.stream)
+        for packet in self.container.demux(self.stream):
+            if packet.size == 0 or not missing:
+                break
+            started = started or packet.pts == key
+            if started:
+                skip = skippable and packet.pts not in missing
+                context.skip_frame = "NONREF" if skip else "DEFAULT"
+                missing.discard(packet.pts)
+                yield from context.decode(packet)
+        # What the decoder holds back for reordering comes out by flushing, without more packets.
+        yield from context.decode(None)
+
+
+def in_order(source: Source, frames: Iterable[av.VideoFrame], key: int,
+             ) -> Iterator[av.VideoFrame]:
+    """The frames of a group, if the decoder agrees with the headers; else raises Doubtful.
+
+    The first one must be a keyframe, shown at time `key`; the others follow in time.
+    """
+    last = None
+    for frame in frames:
+        if frame.pts is None or last is not None and frame.pts <= last:
+            raise Doubtful(f"{source}: its frames are not shown in the order of their times")
+        if frame.pts < key:
+            continue            # shown before the keyframe but stored after it (open GOP)
+        if (last is None or last < key) and not (frame.pts == key and frame.key_frame):
+            raise Doubtful(f"{source}: marks a keyframe that is none")
+        last = frame.pts
+        yield frame
+
+
+class Header(NamedTuple):
+    """What a packet says of its frame, times in units of the stream's time base."""
+    pts: int | None         # when the frame is shown
+    dts: int | None         # when it is decoded: never later
+    duration: int           # 0: not known
+    is_key: bool
+    is_hidden: bool         # decoded, but outside an MP4's edit list
+    is_corrupt: bool
+
+
+def read_headers(container: av.container.InputContainer, stream: av.VideoStream,
+                 high: float | None) -> tuple[list[Header], float]:
+    """The headers of a stream's packets, as stored, until all frames shown before time `high` are
+    there; and the seconds at which the longest stream of the container ends."""
+    headers, ends = [], 0.0
     for packet in container.demux():
         if packet.size == 0:
-            continue                                # the empty packets that end the streams
-        last[packet.stream.index] = packet
-        if packet.stream.index != stream.index:
+            continue                            # an empty packet ends each stream
+        length = packet.duration or 0
+        if packet.pts is not None:
+            ends = max(ends, (packet.pts + length) * float(packet.time_base))
+        if packet.stream_index != stream.index:
             continue
-        truncated |= packet.is_corrupt
-        if packet.pts is None:
-            raise Doubtful
-        if packet.is_keyframe:
-            keys.append(packet.pts)
-        if not packet.is_discard:                   # decoded but outside an MP4's edit list
-            pts.append(packet.pts)
+        headers.append(Header(packet.pts, packet.dts, length, packet.is_keyframe,
+                              packet.is_discard, packet.is_corrupt))
         if high is not None and packet.dts is not None and packet.dts >= high:
             break
-    if container.format.name.startswith("matroska") and low is high is None:
-        # a sound may go on after the last picture, but something lasts as long as the header says
-        lasts = max((float(p.pts * p.time_base) for p in last.values() if p.pts), default=0)
-        truncated |= lasts < 0.9 * (container.duration or 0) / av.time_base - 1
-    if truncated:
-        raise Unreadable(f"{path}: the file is truncated or damaged; fetch or encode it again")
-    late = keys and low is not None and keys[0] > max(low, origin)
-    if late or not keys or len(set(pts)) < len(pts):
-        raise Doubtful
-    pts, keys = sorted(pts), sorted(keys)
-
-    def keyframe(time):
-        return keys[max(bisect.bisect_right(keys, time) - 1, 0)]
-
-    def frames(numbers):
-        number = {pts[i]: i for i in numbers}
-        for key, wanted in itertools.groupby(number, keyframe):
-            for frame in decode_group(container, stream, key, set(wanted)):
-                yield number.get(frame.pts), frame
-
-    return [(time - origin) * tick.numerator / tick.denominator for time in pts], frames
+    return headers, ends
 
 
-def decode_group(container, stream, key, missing):
-    """Yield frames from the keyframe at `key` to the last `missing` (a set of pts). Frames that
-    nothing refers to are skipped unless missing, which changes no pixel of the rest."""
-    context, started = stream.codec_context, False
-    container.seek(key, stream=stream)
-    for packet in container.demux(stream):
-        if packet.size == 0 or not missing:
-            break
-        started = started or packet.pts == key
-        if not started:
-            continue
-        skip = context.name in SKIPPABLE and packet.pts not in missing
-        context.skip_frame = "NONREF" if skip else "DEFAULT"
-        missing.discard(packet.pts)
-        yield from context.decode(packet)
-    # Flushing hands out what the decoder holds back for reordering, without decoding further.
-    yield from context.decode(None)
+def check_trust(source: Source, container: av.container.InputContainer, stream: av.VideoStream,
+                headers: list[Header]) -> None:
+    """Doubtful unless the headers place each frame, and the decoder can tell a keyframe."""
+    codec = stream.codec_context.codec
+    checkable = codec.canonical_name in PLANNED_CODECS or codec.intra_only
+    if not checkable and len(headers) > 1:
+        raise Doubtful(f"{source}: no decoder confirms the keyframes of {codec.canonical_name}")
+    times = [header.pts for header in headers]
+    if not has_times(container, stream) or None in times or len(set(times)) < len(times):
+        raise Doubtful(f"{source}: its frames do not all have times of their own")
+    if any(header.is_corrupt for header in headers):
+        raise Doubtful(f"{source}: packets are damaged")
+    decoded = [header.dts for header in headers if header.dts is not None]
+    late = any(header.dts is not None and header.dts > header.pts for header in headers)
+    if late or decoded != sorted(decoded):
+        raise Doubtful(f"{source}: frames are decoded after they are shown")
+    keys = [header.pts for header in headers if header.is_key]
+    if keys != sorted(keys) or longest_pause(headers) * float(stream.time_base) > MAX_PAUSE:
+        raise Doubtful(f"{source}: its times run back, or leap")
 
 
-def crop(video, size, train):
-    """uint8 (..., 3, size, size) of uint8 (..., 3, h, w) with h, w >= size, alike for all frames:
-    random in training, else the centre. Normalisation happens on the model's device."""
-    square = v2.RandomCrop(size)(video) if train else v2.functional.center_crop(video, [size, size])
-    return square.contiguous()      # a view would send the pixels around the square along with it
+def is_cut_off(container: av.container.InputContainer, stream: av.VideoStream,
+               headers: list[Header], ends: float) -> bool:
+    """Whether the end of a file is missing, by what its packets and its own header say.
+
+    A damaged last packet is a sign of it. In Matroska, the film or its sound must last as long as
+    the header says. Where packets do not say how long their frame is shown, the longest pause
+    between frames is a bound.
+    """
+    if headers and headers[-1].is_corrupt:
+        return True
+    if not container.format.name.startswith("matroska"):
+        return False
+    timed = all(header.duration for header in headers)
+    pause = 0 if timed else longest_pause(headers) * float(stream.time_base)
+    return ends + pause < 0.9 * (container.duration or 0) / av.time_base - 1
 
 
-def draw_boxes(video, boxes):
-    """VCR, Sec. 4.2.4, Fig. 5: a mask around each entity in its own colour. uint8 (S, 3, h, w).
-    boxes: [[identity, x0, y0, x1, y1], ...] in pixels of the frames. As the release: 0.7 of the
-    image, 0.3 of the colour, an outline of 3 pixels. Hues are a golden section apart."""
-    colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.618034 * identity % 1, 1, 1))
-               for identity, *_ in boxes]
-    corners = torch.tensor([corners for _, *corners in boxes], dtype=torch.float32)
-    x, y = torch.arange(video.shape[3]), torch.arange(video.shape[2])[:, None]
-    masks = torch.stack([(x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
-                         for x0, y0, x1, y1 in corners])           # (boxes, h, w)
-    filled = [draw_segmentation_masks(frame, masks, 0.3, colours) for frame in video]
-    return torch.stack([draw_bounding_boxes(frame, corners, colors=colours, width=3)
-                        for frame in filled])
+def longest_pause(headers: list[Header]) -> int:
+    """The longest time between two frames, in units of the time base."""
+    times = sorted(header.pts for header in headers if header.pts is not None)
+    return max((after - before for before, after in itertools.pairwise(times)), default=0)
 
 
 def texts_of(sample: dict) -> list[str]:

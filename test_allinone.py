@@ -1293,19 +1293,28 @@ def test_weights_of_something_else_are_no_release(weights):
         load_release(weights)
 
 
-# ---- Clips (Sec. 3.1, 4.1.1): manifests, frames, words, batches ----------------------------------
+# ---- Frames and pixels of a clip (Sec. 3.1, 4.1.1) -----------------------------------------------
 
-def film(path, text=""):
-    """Write n distinct frames (moving noise) to path; `text` says arguments as in FILMS."""
-    said = {"n": 60, "w": 96, "h": 64, "rate": 30, "offset": 0, "vary": 0, "codec": "libx264",
-            "pix_fmt": "yuv420p", **dict(word.split("=", 1) for word in text.split())}
-    n, w, h, rate, offset, vary = (int(said.pop(key)) for key in list(said)[:6])
-    codec, pix_fmt, first = said.pop("codec"), said.pop("pix_fmt"), said.pop("movflags", "")
+def film(path: Path, text: str = "") -> Path:
+    """Write n distinct frames (moving noise) to path; `text` says arguments as in FILMS.
+
+    What is no argument of ours is an option of the encoder.
+    """
+    arguments = dict(word.split("=", 1) for word in text.split())
+    n, w, h = (int(arguments.pop(name, default)) for name, default in
+               (("n", 60), ("w", 96), ("h", 64)))
+    rate = int(arguments.pop("rate", 30))
+    offset = int(arguments.pop("offset", 0))                    # frames before the first one
+    vary = int(arguments.pop("vary", 0))                        # i * i / vary ticks more at frame i
+    codec = arguments.pop("codec", "libx264")
+    pix_fmt = arguments.pop("pix_fmt", "yuv420p")
+    muxer = {name: arguments.pop(name) for name in ("movflags", "live") if name in arguments}
     options = {"crf": "28", "preset": "veryfast"} if codec == "libx264" else {}
+    for key, value in arguments.items():
+        options[key.replace("_", "-")] = value
     noise = np.random.default_rng(0).integers(0, 255, (h * 2, w * 2, 3), np.uint8)
-    with av.open(str(path), "w", options={"movflags": first} if first else {}) as container:
-        stream = container.add_stream(codec, rate=rate, options=options | {
-            key.replace("_", "-"): value for key, value in said.items()})
+    with av.open(str(path), "w", options=muxer) as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = w, h, pix_fmt
         stream.codec_context.time_base = Fraction(1, rate)
         for i in range(n):
@@ -1318,18 +1327,43 @@ def film(path, text=""):
     return path
 
 
-def every_frame(path, short_side=None):
-    """The reference: each frame of a plain decode, first packet to last, (n, 3, h, w)."""
+def film_of(folder: Path, kind: str) -> Path:
+    """A film by its name and arguments, as in FILMS."""
+    name, _, text = kind.partition(" ")
+    return film(folder / name, text)
+
+
+def plain_decode(path: Path, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """The reference: every frame from the first packet to the last, uint8 (n, 3, height, width)."""
     frames = []
     with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        for frame in container.decode(video=0):
-            scale = short_side / min(frame.height, frame.width) if short_side else 1
-            rgb = frame.reformat(round(frame.width * scale), round(frame.height * scale), "rgb24",
-                                 interpolation="BILINEAR", threads=1).to_ndarray()
-            upright = np.rot90(rgb, frame.rotation // 90).copy()
-            frames.append(torch.from_numpy(upright).permute(2, 0, 1))
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for frame in container.decode(stream):
+            height, width = size or (frame.height, frame.width)
+            rgb = frame.reformat(width, height, "rgb24", interpolation="BILINEAR", threads=1)
+            frames.append(torch.from_numpy(rgb.to_ndarray().copy()).permute(2, 0, 1))
     return torch.stack(frames)
+
+
+def is_planned(path: Path) -> bool:
+    """Whether all frames of a film come from the headers' plan, none from the plain decode."""
+    source = data.Source(str(path))
+    container, stream = data.open_video(source)
+    with container:
+        try:
+            clip = data.PlannedDecode(source, container, stream, None, None)
+            return len(list(clip.frames(list(range(len(clip.seconds)))))) > 0
+        except data.Doubtful:
+            return False
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 20), grey: int | None = None) -> Path:
+    """A PNG of noise, or a file of one shade of grey; size: (width, height)."""
+    if grey is None:
+        return film(path, f"codec=png n=1 pix_fmt=rgb24 w={size[0]} h={size[1]}")
+    data.save_image(torch.full((3, size[1], size[0]), grey / 255), path)
+    return path
 
 
 FILMS = {  # kind: file name and arguments of film
@@ -1337,8 +1371,7 @@ FILMS = {  # kind: file name and arguments of film
     "H.264, GOP 250": "a.mp4 n=300 x264_params=keyint=250:scenecut=0:bframes=3:b-adapt=0",
     "H.264 with a pyramid of B-frames": "a.mp4 x264_params=b-pyramid=normal:bframes=8:b-adapt=0",
     "H.264, open GOPs": "a.mp4 x264_params=open-gop=1:keyint=12:min-keyint=12:bframes=3",
-    "H.264 in a transport stream, starting late": "a.ts g=15 offset=300",
-    "H.264 in AVI": "a.avi g=15 bf=2",
+    "H.264, refreshed without keyframes": "a.mkv x264_params=intra-refresh=1:keyint=15",
     "H.264, interlaced": "a.mp4 g=20 x264_params=tff=1:bframes=2",
     "HEVC, open GOPs": "a.mp4 codec=libx265 x265_params=keyint=15:min-keyint=15:log-level=none",
     "VP9 with hidden frames": "a.webm codec=libvpx-vp9 g=30 auto_alt_ref=1 lag_in_frames=12 "
@@ -1347,43 +1380,89 @@ FILMS = {  # kind: file name and arguments of film
                               "deadline=good cpu_used=5",
     "AV1": "a.mp4 codec=libsvtav1 g=20 preset=12 svtav1_params=lookahead=10",
     "MPEG-4 in AVI": "a.avi codec=mpeg4 g=12",
-    "MPEG-4 with B-frames in AVI": "a.avi codec=mpeg4 g=12 bf=2",
-    "MPEG-2": "a.mpg codec=mpeg2video g=12 bf=2",
-    "GIF": "a.gif codec=gif pix_fmt=rgb8 rate=10 n=20",
+    "MJPEG in AVI": "a.avi codec=mjpeg pix_fmt=yuvj420p n=20",
     "a variable frame rate": "a.mp4 g=20 vary=7",
     "a late first frame": "a.mp4 g=20 offset=45",
     "odd sizes": "a.mkv w=97 h=65 pix_fmt=yuv444p g=20",
     "10 bits": "a.mp4 codec=libx265 pix_fmt=yuv420p10le x265_params=keyint=20:log-level=none",
-    "one frame": "a.mp4 n=1"}
-# Only these have no usable times, so that they are decoded from their first frame.
-SERIAL = {"H.264 in a transport stream, starting late", "H.264 in AVI",
-          "MPEG-4 with B-frames in AVI", "MPEG-2"}
+    "one frame": "a.mp4 n=1",
+    # These have no usable times or no keyframes that a decoder confirms.
+    "H.264 in AVI": "a.avi g=15 bf=2",
+    "MPEG-4 with B-frames in AVI": "a.avi codec=mpeg4 g=12 bf=2",
+    "MPEG-2": "a.mpg codec=mpeg2video g=12 bf=2",
+    "GIF": "a.gif codec=gif pix_fmt=rgb8 rate=10 n=20",
+    "H.263 in AVI": "a.avi codec=h263 w=176 h=144 g=12",
+    "Flash": "a.flv codec=flv g=12",
+    "Windows Media": "a.wmv codec=wmv2 g=12",
+    "raw H.264": "a.h264 g=15"}
+UNPLANNED = {"H.264, refreshed without keyframes", "H.264 in AVI", "MPEG-4 with B-frames in AVI",
+             "MPEG-2", "GIF", "H.263 in AVI", "Flash", "Windows Media", "raw H.264"}
 
 
 @pytest.mark.parametrize("kind", FILMS)
-def test_each_chosen_frame_equals_that_frame_of_a_full_decode(kind, tmp_path, monkeypatch):
-    serially, serial = data.serial_frames, []
-    monkeypatch.setattr(data, "serial_frames", lambda path: serial.append(1) or serially(path))
-    name, _, options = FILMS[kind].partition(" ")
-    path = film(tmp_path / name, options)
-    truth, counts = every_frame(path, 48), []
+def test_chosen_frames_equal_those_of_a_plain_decode(kind, tmp_path):
+    path = film_of(tmp_path, FILMS[kind])
+    truth = plain_decode(path, (48, 72))
+    n = len(truth)
     for seed in range(3):
-        picked = sorted(torch.randperm(len(truth), generator=torch.manual_seed(seed))[:3].tolist())
-        frames = decode(path, lambda n: counts.append(n) or picked, 48)
-        assert counts[-1] == len(truth) == int((re.findall(r"\bn=(\d+)", options) or [60])[0])
-        assert torch.equal(frames, truth[picked])
-    assert torch.equal(decode(path, range), every_frame(path))
-    backwards = [*range(len(truth))[::-1], 0, 0]
-    assert torch.equal(decode(path, lambda n: backwards, 48), truth[backwards])
-    assert bool(serial) == (kind in SERIAL)
+        chosen = torch.randperm(n, generator=torch.manual_seed(seed))[:3].sort().values.tolist()
+        assert torch.equal(decode(path, lambda n: chosen, (48, 72)), truth[chosen])
+    assert torch.equal(decode(path, range, (48, 72)), truth)
+    backwards = [*reversed(range(n)), 0, 0]
+    assert torch.equal(decode(path, lambda n: backwards, (48, 72)), truth[backwards])
 
 
-def test_what_is_not_needed_is_not_decoded(tmp_path):
+@pytest.mark.parametrize("kind", FILMS)
+def test_headers_are_trusted_where_a_decoder_confirms_them(kind, tmp_path):
+    assert is_planned(film_of(tmp_path, FILMS[kind])) == (kind not in UNPLANNED)
+
+
+def marked(path: Path, is_key: bool, copy: Path) -> Path:
+    """A copy of a film whose container marks every packet as a keyframe, or none."""
+    with av.open(str(path)) as film_in, av.open(str(copy), "w") as film_out:
+        stream = film_out.add_stream_from_template(film_in.streams.video[0])
+        for packet in film_in.demux(video=0):
+            if packet.size:
+                packet.is_keyframe = is_key
+                packet.stream = stream
+                film_out.mux(packet)
+    return copy
+
+
+@pytest.mark.parametrize("is_key", [True, False])
+@pytest.mark.parametrize("kind", [
+    "a.avi codec=h263 w=176 h=144 g=50", "a.avi codec=mpeg4 g=50", "a.mp4 codec=mpeg4 g=50",
+    "a.mp4 g=50 bf=2", "a.mp4 g=50 bf=0", "a.mkv g=50 bf=2", "a.flv codec=flv g=50",
+    "a.avi codec=msmpeg4 g=50", "a.mkv codec=mpeg2video g=50 bf=2",
+    "a.mp4 codec=libx265 x265_params=keyint=50:log-level=none",
+    "a.webm codec=libvpx g=50 deadline=realtime",
+    "a.webm codec=libvpx-vp9 g=50 deadline=realtime cpu_used=8"])
+def test_untrue_keyframe_marks_change_no_pixel(kind, is_key, tmp_path):
+    path = film_of(tmp_path, kind)
+    path = marked(path, is_key, path.with_name(f"marked{path.suffix}"))
+    chosen = [7, 31, 58]
+    assert torch.equal(decode(path, lambda n: chosen), plain_decode(path)[chosen])
+
+
+@pytest.mark.parametrize("kind, index", [("a.mp4 g=20", b"stss"), ("a.avi codec=mpeg4 g=20", b"idx1"),
+                                         ("a.mkv g=20", b"\x1c\x53\xbb\x6b")])
+def test_a_film_without_its_index_is_read_alike(kind, index, tmp_path):
+    path = film_of(tmp_path, kind)
+    content = path.read_bytes()
+    place = content.rindex(index)
+    path.write_bytes(content[:place] + b"\x1c\x53\xbb\x60" + content[place + 4:])
+    chosen = [7, 31, 58]
+    assert torch.equal(decode(path, lambda n: chosen), plain_decode(path)[chosen])
+
+
+def test_frames_that_nobody_needs_are_not_decoded(tmp_path):
     path = film(tmp_path / "a.mp4", "n=250 x264_params=keyint=100:scenecut=0:bframes=3:b-adapt=0")
-    container, stream = data.open_video(path)
-    _, frames = data.planned_frames(path, container, stream, None, None)
-    numbers = [number for number, _ in frames([5, 190, 245])]    # keyframes are 0, 100 and 200:
-    assert len(numbers) < 100 and {5, 190, 245} <= set(numbers)  # without skipping, 147 frames
+    source = data.Source(str(path))
+    container, stream = data.open_video(source)
+    clip = data.PlannedDecode(source, container, stream, None, None)
+    decoded = [number for number, _ in clip.frames([5, 190, 245])]  # keyframes are 0, 100 and 200:
+    assert {5, 190, 245} <= set(decoded)
+    assert len(decoded) < 100                                       # 147 without skipping B-frames
 
 
 def test_a_gif_is_painted_frame_over_frame(tmp_path):
@@ -1392,102 +1471,447 @@ def test_a_gif_is_painted_frame_over_frame(tmp_path):
         image.putpalette([0, 0, 0, 250, 250, 250])
         image.paste(1, (0, 0, 4 * i + 4, 4 * i + 4))            # stored: what differs from the last
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], disposal=1)
-    assert torch.equal(decode(tmp_path / "a.gif", lambda n: [n - 1]),
-                       every_frame(tmp_path / "a.gif")[4:])
+    last = decode(tmp_path / "a.gif", lambda n: [n - 1])
+    assert torch.equal(last, plain_decode(tmp_path / "a.gif")[4:])
 
 
-@pytest.mark.parametrize("film_of", ["a.mp4", "a.mp4 bf=0", "a.mkv", "a.ts offset=300",
-                                     "a.avi codec=mpeg4 bf=2"])
-def test_a_window_holds_the_frames_shown_from_start_to_end_seconds(film_of, tmp_path):
-    name, _, options = film_of.partition(" ")
-    path, counts = film(tmp_path / name, f"g=15 {options}"), []            # 60 frames, 30 a second
-    for start, end, shown in [(0.5, 1.2, slice(15, 36)), (1.5, None, slice(45, 60)),
-                              (None, 0.1, slice(0, 3)),                    # 0.5 s is in, 1.2 is out
-                              (1.01, 1.02, slice(30, 31))]:                # on display then
-        window = decode(path, lambda n: counts.append(n) or range(n), None, start, end)
-        assert torch.equal(window, every_frame(path)[shown])
-    assert counts[0] == 21
-    with pytest.raises(Unreadable, match="start and end"):
-        decode(path, range, None, 7.0, 9.0)
-    with pytest.raises(Unreadable, match="cannot be decoded|start and end"):
-        decode(path, range, None, math.inf)
+def test_a_cover_picture_is_no_film(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(film(tmp_path / "b.mp4", "n=5"))) as film_in, av.open(str(path), "w") as out:
+        cover = out.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 32
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        stream = out.add_stream_from_template(film_in.streams.video[0])
+        grey = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 99, np.uint8), format="rgb24")
+        out.mux(cover.encode(grey.reformat(format="yuvj420p")))
+        for packet in film_in.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.name == "mjpeg"         # the cover
+    assert torch.equal(decode(path, range), plain_decode(tmp_path / "b.mp4"))
 
 
-def test_rotated_phone_video_comes_out_upright(tmp_path):
-    path = film(tmp_path / "a.mp4", "n=10")
-    clockwise, content = torch.rot90(every_frame(path), -1, (2, 3)), bytearray(path.read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40                     # 16.16 fixed point, clockwise 90
-    content[matrix:matrix + 20] = struct.pack(">5i", 0, 0x10000, 0, -0x10000, 0)
+# -- windows and times
+
+@pytest.mark.parametrize("start, end, shown", [                 # of 60 frames, 30 a second
+    (0.5, 1.2, range(15, 36)),                                  # 0.5 s is in, 1.2 s is out
+    (0.6, 0.9, range(18, 27)),                                  # borders among B-frames
+    (1.5, None, range(45, 60)), (None, 0.1, range(0, 3)),
+    (1.01, 1.02, range(30, 31)),                                # on display then
+    (1.98, 1.99, range(59, 60))])                               # the last one still is
+@pytest.mark.parametrize("kind", [
+    "a.mp4 bf=3", "a.mp4 bf=0", "a.mkv bf=3", "a.ts offset=300", "a.avi codec=mpeg4 bf=2",
+    "a.mp4 offset=45", "a.flv codec=flv", "a.h264"])
+def test_a_window_holds_the_frames_shown_in_it(kind, start, end, shown, tmp_path):
+    path = film_of(tmp_path, f"{kind} g=15")
+    if path.suffix == ".h264":                                  # without times: FFmpeg assumes 25
+        start, end = (t and t * 30 / 25 for t in (start, end))
+    assert torch.equal(decode(path, range, None, start, end), plain_decode(path)[list(shown)])
+
+
+@pytest.mark.parametrize("start, end, reason", [
+    (7.0, 9.0, "no frame lies between"), (math.nan, None, '"start" is nan; expected seconds'),
+    (0.0, math.nan, '"end" is nan'), (math.inf, None, "start before the end"),
+    (1.0, 0.5, '"start" is 1.0 and its "end" 0.5')])
+def test_a_wrong_window_is_not_the_films_fault(start, end, reason, tmp_path):
+    with pytest.raises(Unreadable, match=reason):
+        decode(film(tmp_path / "a.mp4", "n=10"), range, None, start, end)
+
+
+def test_frames_hidden_by_an_edit_list_stay_hidden(tmp_path):
+    path = film(tmp_path / "a.mp4", "n=40 g=15 bf=2 rate=25")
+    whole = plain_decode(path)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"elst") + 12                         # duration, time at which it begins
+    duration, begin = struct.unpack(">ii", content[entry:entry + 8])
+    ticks = 12800 // 25
+    content[entry:entry + 8] = struct.pack(">ii", duration - 400, begin + 10 * ticks)
     path.write_bytes(content)
-    assert decode(path, lambda n: [0, 5, 9], 32).shape == (3, 3, 48, 32)    # portrait
-    assert torch.equal(decode(path, range), clockwise)
+    assert torch.equal(decode(path, range), whole[10:])
+    assert torch.equal(decode(path, range, None, 0.2, 0.4), whole[15:20])
 
 
-def picture(path, size=(40, 20), grey=None):
-    """A PNG of noise, or a file of one shade of grey."""
-    if grey is None:
-        return film(path, f"codec=png n=1 pix_fmt=rgb24 w={size[0]} h={size[1]}")
-    data.save_image(torch.full((3, size[1], size[0]), grey / 255), path)
-    return path
+@pytest.mark.parametrize("offset", [0, 3000, 100])              # of the later part's clock: equal,
+def test_transport_streams_joined_end_to_end_are_one(offset, tmp_path):     # ahead or behind
+    earlier = film(tmp_path / "a.ts", "g=15 offset=1000")
+    later = film(tmp_path / "b.ts", f"g=15 bf=2 offset={offset or 1000}")
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(earlier.read_bytes() + later.read_bytes())
+    truth = plain_decode(joined)
+    assert len(truth) == 120
+    assert torch.equal(decode(joined, range), truth)
+    if offset != 3000:
+        assert torch.equal(decode(joined, range, None, 2.0, 3.0), truth[60:90])
+        assert data.duration(joined) == pytest.approx(4.0)
 
 
-def test_images_and_folders_of_images_are_clips(tmp_path):
+def test_a_show_of_slides_is_whole(tmp_path):
+    path = tmp_path / "slides.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(1, 20))      # one each 20 s
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(3):
+            slide = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 80 * i, np.uint8), "rgb24")
+            slide.pts, slide.time_base = i, Fraction(20)
+            container.mux(stream.encode(slide.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    assert torch.equal(decode(path, range), plain_decode(path))
+    assert torch.equal(decode(path, range, None, 50.0, 55.0), plain_decode(path)[2:])
+
+
+@pytest.mark.parametrize("kind, seconds", [
+    ("a.mp4", 2.0), ("a.webm codec=libvpx live=1", 2.0), ("a.h264 n=50", 2.0), ("a.ts", 2.0),
+    ("a.avi codec=mpeg4", 2.0), ("a.gif codec=gif pix_fmt=rgb8 rate=10 n=20", 2.0)])
+def test_a_duration_is_measured_where_none_is_stored(kind, seconds, tmp_path):
+    assert data.duration(film_of(tmp_path, kind)) == pytest.approx(seconds, abs=0.05)
+
+
+def test_what_cannot_be_read_has_no_duration(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no film")
+    assert data.duration(tmp_path / "a.mp4") == 0 == data.duration(tmp_path / "missing.mp4")
+
+
+# -- turned and mirrored
+
+# What a viewer shows of a stored picture, by its EXIF orientation; and the (a, b, c, d) by which a
+# film says the same: column x and row y are shown in column a x + c y and row b x + d y.
+ORIENTATIONS = {
+    1: (lambda image: image, (1, 0, 0, 1)),
+    2: (lambda image: image.flip(-1), (-1, 0, 0, 1)),
+    3: (lambda image: image.flip(-1, -2), (-1, 0, 0, -1)),
+    4: (lambda image: image.flip(-2), (1, 0, 0, -1)),
+    5: (lambda image: image.mT, (0, 1, 1, 0)),
+    6: (lambda image: image.mT.flip(-1), (0, 1, -1, 0)),
+    7: (lambda image: image.mT.flip(-1, -2), (0, -1, -1, 0)),
+    8: (lambda image: image.mT.flip(-2), (0, -1, 1, 0))}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_films_are_shown_as_their_matrix_says(orientation, tmp_path):
+    shown, (a, b, c, d) = ORIENTATIONS[orientation]
+    path = film(tmp_path / "a.mp4", "n=10")
+    stored = plain_decode(path)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix:matrix + 20] = struct.pack(">5i", a << 16, b << 16, 0, c << 16, d << 16)
+    path.write_bytes(content)
+    assert torch.equal(decode(path, range), shown(stored))
+    assert torch.equal(decode(path, range, tuple(shown(stored).shape[-2:])), shown(stored))
+    portrait = orientation >= 5
+    assert decode(path, range, 32).shape == ((10, 3, 48, 32) if portrait else (10, 3, 32, 48))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_pictures_are_shown_as_exif_says(orientation, ending, tmp_path):
+    stored = picture(tmp_path / "a.png", (40, 24))
+    plain = tmp_path / f"plain.{ending}"
+    turned = tmp_path / f"turned.{ending}"
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    with Image.open(stored) as image:
+        image.save(plain)
+        image.save(turned, exif=exif)
+    shown, _ = ORIENTATIONS[orientation]
+    assert torch.equal(decode(turned, range), shown(decode(plain, range)))
+
+
+# -- pictures
+
+def test_an_image_is_a_clip_of_one_frame(tmp_path):
+    picture(tmp_path / "a.jpg", grey=40)
+    image = decode(tmp_path / "a.jpg", lambda n: sample_frames(n, 3, False), 10)
+    assert image.shape == (3, 3, 10, 20)
+    assert abs(image.float().mean() - 40) < 2
+
+
+@pytest.mark.parametrize("start, end, fps, shown", [
+    (None, None, None, [1, 2, 10]), (0.75, None, 2, [10]), (0, 0.5, 2, [1]),
+    (1.2, 1.3, 2, [10])])                                       # on display until 1.5 s
+def test_a_folder_of_images_is_a_clip(start, end, fps, shown, tmp_path):
     for i in (1, 2, 10):
         picture(tmp_path / f"{i}.jpg", grey=i * 20)
     (tmp_path / "notes.txt").write_text("not a frame")
-    image = decode(tmp_path / "2.jpg", lambda n: sample_frames(n, 3, False), 10)
-    assert image.shape == (3, 3, 10, 20) and abs(image.float().mean() - 40) < 2
-    for window, shown in [((), [1, 2, 10]), ((0.75, None, 2), [10]), ((0, 0.5, 2), [1])]:
-        clip = decode(tmp_path, range, None, *window)
-        assert clip.shape == (len(shown), 3, 20, 40)
-        assert (clip.float().mean((1, 2, 3)) / 20).round().tolist() == shown
+    clip = decode(tmp_path, range, None, start, end, fps)
+    assert clip.shape == (len(shown), 3, 20, 40)
+    assert (clip.float().mean((1, 2, 3)) / 20).round().tolist() == shown
+
+
+def test_images_of_a_folder_take_the_first_ones_size(tmp_path):
+    picture(tmp_path / "1.png", (40, 20))
+    picture(tmp_path / "2.png", (31, 20))
+    assert decode(tmp_path, range).shape == (2, 3, 20, 40)
+
+
+def test_a_folder_without_a_rate_has_no_times(tmp_path):
+    picture(tmp_path / "1.png")
     with pytest.raises(Unreadable, match='give their rate as "fps"'):
         decode(tmp_path, range, None, 0, 0.5)
-    picture(tmp_path / "3.png", (31, 20))
-    assert decode(tmp_path / "3.png", range).shape == (1, 3, 20, 31)
-    assert decode(tmp_path, range).shape == (4, 3, 20, 40)                # as large as the first
 
 
-def test_what_cannot_be_read_is_named_with_a_reason(tmp_path):
-    whole = film(tmp_path / "whole.mp4").read_bytes()
-    first = film(tmp_path / "first.mp4", "movflags=faststart").read_bytes()  # its index comes first
-    with av.open(str(tmp_path / "first.mp4")) as container:
-        cut = [packet.pos for packet in container.demux(video=0)][30]        # between two packets
-    avi = film(tmp_path / "whole.avi", "codec=mpeg4").read_bytes()
-    mkv = film(tmp_path / "whole.mkv", "g=10 n=300").read_bytes()
-    (tmp_path / "folder").mkdir()
-    for name, content, reason in [
-            ("missing.mp4", None, "no such file"), ("folder", None, "no frame"),
-            ("words.txt", b"once upon " * 50, "no video stream"),
-            ("sound.au", b".snd" + struct.pack(">5I", 24, 80, 3, 8000, 1) + bytes(80), "no video"),
-            ("empty.mp4", b"", "cannot be decoded"),
-            ("noise.mp4", bytes(range(256)) * 20, "cannot be decoded"),
-            ("zeroed.mp4", whole[:-2000] + bytes(100) + whole[-1900:], "cannot be decoded"),
-            ("cut.mp4", whole[:len(whole) * 6 // 10], "cannot be decoded"),
-            ("cut-first.mp4", first[:cut], "truncated"),
-            ("cut.avi", avi[:len(avi) * 6 // 10], "truncated"),
-            ("cut.mkv", mkv[:len(mkv) * 4 // 10], "truncated")]:
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(Unreadable, match=f"{name}: .*{reason}"):
-            decode(tmp_path / name, range, 32)
+def iso_box(kind: bytes, *parts: bytes) -> bytes:
+    """A box of an ISO base media file (MP4, AVIF, HEIC)."""
+    content = b"".join(parts)
+    return struct.pack(">I4s", 8 + len(content), kind) + content
 
 
-@pytest.mark.parametrize("name, options, whole, damaged", [
-    ("a.mp4", "bf=0", 19, [20, 21, 30]),                 # decoded as planned
-    ("b.avi", "codec=mpeg4 bf=2", 18, [19, 20])])        # from the first frame
-def test_damage_spoils_what_is_predicted_from_it(name, options, whole, damaged, tmp_path):
-    path = film(tmp_path / name, f"g=60 {options}")
+def grid_avif(path: Path) -> Path:
+    """A picture of 2 x 2 tiles of 64 x 64 pixels, as phones store large ones."""
+    Image.new("RGB", (64, 64), (200, 100, 50)).save(path)
     with av.open(str(path)) as container:
-        packet = [packet for packet in container.demux(video=0) if packet.size][20]
-        begin, end = (packet.pos + int(packet.size * share) for share in (0.3, 0.6))
-    content = bytearray(path.read_bytes())
-    content[begin:end] = np.random.default_rng(0).bytes(end - begin)
-    path.write_bytes(content)
-    decode(path, lambda n: [5, whole])
-    for frame in damaged:
+        tile = bytes(next(container.demux(video=0)))
+    parts = [tile] * 4 + [struct.pack(">BBBBHH", 0, 0, 1, 1, 128, 128)]         # the grid, item 5
+    kinds = [b"av01"] * 4 + [b"grid"]
+    version, handler = bytes(4), iso_box(b"hdlr", bytes(8), b"pict", bytes(13))
+    primary = iso_box(b"pitm", version, struct.pack(">H", 5))
+    infos = [iso_box(b"infe", b"\2\0\0\0", struct.pack(">HH4s", i + 1, 0, kind), b"\0")
+             for i, kind in enumerate(kinds)]
+    information = iso_box(b"iinf", version, struct.pack(">H", 5), *infos)
+    reference = iso_box(b"iref", version, iso_box(b"dimg", struct.pack(">6H", 5, 4, 1, 2, 3, 4)))
+    sizes = [iso_box(b"ispe", version, struct.pack(">II", side, side)) for side in (64, 128)]
+    properties = iso_box(b"ipco", iso_box(b"av1C", bytes([0x81, 0, 12, 0])), *sizes)
+    of_tiles = [struct.pack(">HBBB", i, 2, 0x81, 2) for i in (1, 2, 3, 4)]
+    of_items = iso_box(b"ipma", version, struct.pack(">I", 5), *of_tiles,
+                       struct.pack(">HBB", 5, 1, 3))
+
+    def meta(position: int) -> bytes:
+        places = []
+        for i, part in enumerate(parts):
+            places.append(struct.pack(">HHHII", i + 1, 0, 1, position, len(part)))
+            position += len(part)
+        location = iso_box(b"iloc", version, bytes([0x44, 0]), struct.pack(">H", 5), *places)
+        return iso_box(b"meta", version, handler, primary, location, information, reference,
+                       iso_box(b"iprp", properties, of_items))
+
+    brand = iso_box(b"ftyp", b"avif", version, b"avifmif1miaf")
+    begin = len(brand) + len(meta(0)) + 8
+    path.write_bytes(brand + meta(begin) + iso_box(b"mdat", *parts))
+    return path
+
+
+def test_a_picture_of_tiles_is_refused_by_name(tmp_path):
+    path = grid_avif(tmp_path / "grid.avif")
+    with Image.open(path) as image:
+        assert image.size == (128, 128)
+    with pytest.raises(Unreadable, match="grid.avif: a picture stored as a grid of tiles"):
+        decode(path, range)
+
+
+def test_a_picture_of_one_tile_is_read(tmp_path):
+    Image.new("RGBA", (64, 40), (200, 100, 50, 9)).save(tmp_path / "a.avif")
+    image = decode(tmp_path / "a.avif", range).float()
+    assert image.shape == (1, 3, 40, 64)
+    assert torch.allclose(image.mean((0, 2, 3)), torch.tensor([200.0, 100.0, 50.0]), atol=4)
+
+
+# -- pixels
+
+def read(path: Path, size: int, resize: str, train: bool = False, **sample) -> torch.Tensor:
+    """Frame 0 of a film through read_frames, (3, size, size)."""
+    return data.read_frames({"video": str(path), **sample}, lambda n: [0], size, resize, train)[0]
+
+
+def test_release_scales_the_whole_frame_and_crops(tmp_path):    # whatever its proportions
+    path = film(tmp_path / "a.mp4", "n=1 w=640 h=360")
+    square = plain_decode(path, (268, 268))[0]
+    assert torch.equal(read(path, 224, "release"), square[:, 22:246, 22:246])
+
+
+def test_paper_scales_the_whole_frame(tmp_path):                # "resize each frame to 224 x 224"
+    path = film(tmp_path / "a.mp4", "n=1 w=640 h=360")
+    assert torch.equal(read(path, 224, "paper"), plain_decode(path, (224, 224))[0])
+
+
+def test_proportions_keeps_them_and_crops(tmp_path):
+    path = film(tmp_path / "a.mp4", "n=1 w=640 h=360")
+    scaled = plain_decode(path, (268, 476))[0]
+    assert torch.equal(read(path, 224, "proportions"), scaled[:, 22:246, 126:350])
+
+
+@pytest.mark.parametrize("resize", data.RESIZE)
+@pytest.mark.parametrize("kind", ["a.mp4 n=1 w=64 h=96", "b.png n=1 w=31 h=64 codec=png "
+                                                         "pix_fmt=rgb24"])
+def test_every_mode_gives_squares_of_contiguous_pixels(kind, resize, tmp_path):
+    pixels = read(film_of(tmp_path, kind), 48, resize, train=True)
+    assert pixels.shape == (3, 48, 48)
+    assert pixels.dtype == torch.uint8
+    video = data.read_frames({"video": str(tmp_path / kind.split()[0])}, lambda n: [0, 0], 48,
+                             resize, True)
+    assert video.is_contiguous()                                # not a view of the larger frame
+
+
+@pytest.mark.parametrize("resize, places", [("release", 20), ("proportions", 20), ("paper", 1)])
+def test_crops_are_random_in_training(resize, places, tmp_path):
+    path = film(tmp_path / "a.mp4", "n=1 w=96 h=64")
+    torch.manual_seed(0)
+    crops = {read(path, 48, resize, train=True).numpy().tobytes() for _ in range(40)}
+    assert len(crops) == 1 if places == 1 else len(crops) > places
+
+
+def test_a_crop_is_the_same_in_all_frames():
+    video = (torch.arange(40 * 48) % 251).byte().view(40, 48).expand(3, 3, 40, 48)
+    torch.manual_seed(0)
+    for _ in range(20):
+        square = crop(video, 32, True)
+        assert square[0].equal(square[2])
+    assert crop(video, 32, False).equal(video[..., 4:36, 8:40])
+
+
+@pytest.mark.parametrize("resize, refused", [
+    ("release", False), ("paper", False), ("proportions", True)])
+def test_a_line_of_pixels_is_not_blown_up(resize, refused, tmp_path):
+    path = film(tmp_path / "a.mkv", "codec=ffv1 w=5000 h=3 n=3")
+    if refused:
+        with pytest.raises(Unreadable, match="frames of 5000 x 3 pixels; expected a longer side of"):
+            read(path, 224, resize)
+    else:
+        assert read(path, 224, resize).shape == (3, 224, 224)
+
+
+# -- members of shards
+
+def shard(path: Path, content: bytes) -> tuple[int, int, str]:
+    """A .tar that holds `content` among other files; the place of that member."""
+    with tarfile.open(path, "w") as archive:
+        for name, part in (("a.txt", b"a dog"), ("b.mp4", content), ("c.txt", b"a cat")):
+            info = tarfile.TarInfo(name)
+            info.size = len(part)
+            archive.addfile(info, io.BytesIO(part))
+    with tarfile.open(path) as archive:
+        info = archive.getmember("b.mp4")
+        return info.offset_data, info.size, info.name
+
+
+@pytest.mark.parametrize("kind", [
+    "a.mp4 g=15", "a.mkv g=15", "a.webm codec=libvpx deadline=realtime", "a.ts g=15",
+    "a.avi codec=mpeg4 bf=2", "a.gif codec=gif pix_fmt=rgb8 n=20", "a.png codec=png pix_fmt=rgb24 "
+    "n=1", "a.jpg codec=mjpeg pix_fmt=yuvj420p n=1"])
+def test_a_member_of_a_shard_is_read_as_a_file(kind, tmp_path):
+    path = film_of(tmp_path, kind)
+    member = shard(tmp_path / "0.tar", path.read_bytes())
+    assert torch.equal(decode(tmp_path / "0.tar", range, member=member), decode(path, range))
+    assert torch.equal(decode(tmp_path / "0.tar", lambda n: [n - 1], None, 0.0, 1.0, member=member),
+                       decode(path, lambda n: [n - 1], None, 0.0, 1.0))
+    assert data.duration(tmp_path / "0.tar", member) == data.duration(path)
+
+
+def test_a_members_picture_is_turned_by_its_exif(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 7
+    Image.fromarray(np.arange(40 * 24 * 3, dtype=np.uint8).reshape(24, 40, 3)).save(
+        tmp_path / "a.png", exif=exif)
+    member = shard(tmp_path / "0.tar", (tmp_path / "a.png").read_bytes())
+    assert torch.equal(decode(tmp_path / "0.tar", range, member=member),
+                       decode(tmp_path / "a.png", range))
+
+
+def test_a_sample_names_its_member(tmp_path):
+    path = film(tmp_path / "a.mp4", "n=3")
+    offset, size, name = shard(tmp_path / "0.tar", path.read_bytes())
+    member = {"name": name, "offset": offset, "size": size}
+    assert torch.equal(read(tmp_path / "0.tar", 32, "release", member=member),
+                       read(path, 32, "release"))
+
+
+@pytest.mark.parametrize("shift, cut, reason", [
+    (0, 9000, "0.tar, member b.mp4: ends after the file does"),
+    (300, 0, "0.tar, member b.mp4: cannot be decoded"),
+    (10 ** 7, 0, "0.tar, member b.mp4: ends after the file does")])
+def test_a_member_that_is_not_there_is_named(shift, cut, reason, tmp_path):
+    path = film(tmp_path / "a.mp4", "n=10")
+    offset, size, name = shard(tmp_path / "0.tar", path.read_bytes())
+    content = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(content[:len(content) - cut])
+    with pytest.raises(Unreadable, match=reason):
+        decode(tmp_path / "0.tar", range, member=(offset + shift, size, name))
+
+
+# -- damage
+
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory) -> Path:
+    """A folder of files that are no readable film."""
+    folder = tmp_path_factory.mktemp("broken")
+    whole = film(folder / "whole.mp4").read_bytes()
+    indexed = film(folder / "indexed.mp4", "movflags=faststart").read_bytes()   # the index at first
+    with av.open(str(folder / "indexed.mp4")) as container:
+        between_packets = [packet.pos for packet in container.demux(video=0)][30]
+    avi = film(folder / "whole.avi", "codec=mpeg4").read_bytes()
+    with_b_frames = film(folder / "b.avi", "codec=mpeg4 bf=2").read_bytes()
+    mkv = film(folder / "whole.mkv", "g=10 n=300").read_bytes()
+    sound = b".snd" + struct.pack(">5I", 24, 80, 3, 8000, 1) + bytes(80)
+    (folder / "folder").mkdir()
+    for name, content in {
+            "words.txt": b"once upon " * 50, "sound.au": sound, "empty.mp4": b"",
+            "noise.mp4": bytes(range(256)) * 20, "cut.mp4": whole[:len(whole) * 6 // 10],
+            "zeroed.mp4": whole[:-2000] + bytes(100) + whole[-1900:],
+            "cut-indexed.mp4": indexed[:between_packets], "cut.avi": avi[:len(avi) * 6 // 10],
+            "cut-b.avi": with_b_frames[:len(with_b_frames) * 6 // 10],
+            "cut.mkv": mkv[:len(mkv) * 4 // 10]}.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("missing.mp4", "no such file"), ("folder", "no frame"), ("words.txt", "no video stream"),
+    ("sound.au", "no video stream"), ("empty.mp4", "cannot be decoded"),
+    ("noise.mp4", "cannot be decoded"), ("zeroed.mp4", "cannot be decoded"),
+    ("cut.mp4", "cannot be decoded"), ("cut-indexed.mp4", "truncated"), ("cut.avi", "truncated"),
+    ("cut-b.avi", "truncated"), ("cut.mkv", "truncated")])
+def test_what_cannot_be_read_is_named_with_a_reason(name, reason, broken):
+    with pytest.raises(Unreadable, match=f"{name}: .*{reason}"):
+        decode(broken / name, range, 32)
+
+
+def damage(path: Path, packet: int, content: bytes | None = None) -> Path:
+    """Overwrite the middle of a packet, by its number in the file, with noise or `content`."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        begin, size = packets[packet].pos, packets[packet].size
+    film_content = bytearray(path.read_bytes())
+    middle = range(begin + int(0.3 * size), begin + int(0.6 * size))
+    if content is not None:
+        middle = range(begin, begin + size)
+    noise = np.random.default_rng(0).bytes(len(middle)) if content is None else content * len(middle)
+    film_content[middle.start:middle.stop] = noise
+    path.write_bytes(film_content)
+    return path
+
+
+# Films of 90 frames with keyframes 0, 30 and 60, whose packet 40 is damaged: frame 40 where there
+# are no B-frames, else the B-frame 38, 39 or another near it.
+DAMAGED_FILMS = ["a.mp4 bf=0", "a.mkv bf=0", "a.avi codec=mpeg4 bf=2", "a.ts bf=0",
+                 "a.mp4 codec=mpeg4", "a.mpg codec=mpeg2video bf=0"]
+
+
+@pytest.mark.parametrize("content", [None, b"\0"])              # noise; nothing
+@pytest.mark.parametrize("kind", DAMAGED_FILMS)
+def test_damage_spoils_no_frame_of_other_groups(kind, content, tmp_path):
+    path = film_of(tmp_path, f"{kind} n=90 g=30 sc_threshold=0")
+    whole = plain_decode(path)
+    damage(path, 40, content)
+    chosen = [5, 29, 61, 89]
+    assert torch.equal(decode(path, lambda n: chosen), whole[chosen])
+
+
+@pytest.mark.parametrize("kind", DAMAGED_FILMS)
+def test_damage_spoils_what_is_predicted_from_it(kind, tmp_path):
+    path = damage(film_of(tmp_path, f"{kind} n=90 g=30 sc_threshold=0"), 40, b"\0")
+    for number in (41, 50, 59):
         with pytest.raises(Unreadable, match="damaged around"):
-            decode(path, lambda n: [frame])
+            decode(path, lambda n: [number])
+
+
+def test_damage_spoils_the_b_frames_before_it(tmp_path):
+    path = film(tmp_path / "a.mp4", "n=30 x264_params=keyint=30:bframes=3:b-adapt=0:b-pyramid=0")
+    damage(path, 5)                                             # frame 8, on which 5, 6, 7 rest too
+    assert len(decode(path, lambda n: [0, 1, 4])) == 3
+    for number in (5, 7, 8):
+        with pytest.raises(Unreadable, match="damaged around"):
+            decode(path, lambda n: [number])
 
 
 @on_linux
@@ -1522,17 +1946,53 @@ def test_fuzzed_clips_never_crash_hang_or_leak(tmp_path):
     assert slowest < 10 and grown < 30
 
 
-def test_sampled_frames_cover_every_frame_of_every_segment():             # Sec. 3.1
-    for n, frames in [(12, 3), (10, 3), (7, 3), (3, 3), (100, 8)]:
-        torch.manual_seed(0)
-        draws = torch.tensor([sample_frames(n, frames, True) for _ in range(100 * n)])
-        bounds = [i * n // frames for i in range(frames + 1)]
-        for i in range(frames):
-            assert set(draws[:, i].tolist()) == set(range(bounds[i], bounds[i + 1]))
-    assert sample_frames(12, 3, False) == [2, 6, 10]                      # the centres
-    assert [sample_frames(12, 3, False, v, 3) for v in range(3)] == [
-        [0, 4, 8], [2, 6, 10], [3, 7, 11]]
-    assert sample_frames(2, 3, True) == [0, 0, 1] and sample_frames(1, 3, False) == [0, 0, 0]
+# -- sampling and boxes
+
+@pytest.mark.parametrize("n, frames", [(12, 3), (10, 3), (7, 3), (3, 3), (100, 8)])
+def test_training_samples_every_frame_of_each_segment(n, frames):               # Sec. 3.1
+    torch.manual_seed(0)
+    visits = [sample_frames(n, frames, train=True) for _ in range(100 * n)]
+    bounds = [segment * n // frames for segment in range(frames + 1)]
+    for segment in range(frames):
+        sampled = {visit[segment] for visit in visits}
+        assert sampled == set(range(bounds[segment], bounds[segment + 1]))
+
+
+def test_evaluation_samples_the_centres_of_segments():
+    assert sample_frames(12, 3, train=False) == [2, 6, 10]
+
+
+def test_each_view_samples_a_part_of_segments():                                # "3 x 3", Tab. 2
+    views = [sample_frames(12, 3, train=False, view=view, views=3) for view in range(3)]
+    assert views == [[0, 4, 8], [2, 6, 10], [3, 7, 11]]
+
+
+def test_short_clips_repeat_frames_in_order():
+    assert sample_frames(2, 3, train=True) == [0, 0, 1]
+    assert sample_frames(1, 3, train=False) == [0, 0, 0]
+
+
+def test_boxes_wear_the_colour_of_their_identity():                             # VCR, Fig. 5
+    video = torch.zeros(1, 3, 60, 80, dtype=torch.uint8)
+    drawn = data.draw_boxes(video, [[1, 5, 5, 30, 40], [2, 40, 5, 70, 40]])[0]
+    again = data.draw_boxes(video, [[2, 5, 5, 30, 40]])[0]
+    outline_1, outline_2, outside = drawn[:, 5, 15], drawn[:, 5, 50], drawn[:, 55, 35]
+    assert outline_2.any()
+    assert torch.equal(outline_2, again[:, 5, 15])
+    assert not torch.equal(outline_1, outline_2)
+    assert torch.allclose(drawn[:, 20, 15].float(), 0.3 * outline_1, atol=1)
+    assert not outside.any()
+
+
+@pytest.mark.parametrize("resize", data.RESIZE)
+def test_boxes_are_in_pixels_of_the_stored_image(resize, tmp_path):
+    path = picture(tmp_path / "a.png", (400, 300))
+    sample = {"video": str(path), "boxes": [[0, 150, 100, 250, 200]]}           # 0 is red
+    drawn, bare = (data.read_frames(sample, range, 100, resize, False, boxes)[0].float()
+                   for boxes in (True, False))
+    rows, columns = ((drawn - bare).abs().amax(0) > 30).nonzero().T
+    assert rows.min() in range(32, 35) and rows.max() in range(65, 69)          # 100 / 3, 200 / 3
+    assert columns.min() in range(36, 39) and columns.max() in range(61, 65)
 
 
 # ---- Manifests: lines, tables, folders, shards ---------------------------------------------------
@@ -2566,34 +3026,6 @@ def test_shuffled_frames_are_the_same_frames(tmp_path):
         orders.add(frames)
         assert set(frames) == expected
     assert len(orders) == 6
-
-
-def test_crops_are_alike_in_all_frames():
-    video = (torch.arange(40 * 48) % 251).byte().view(40, 48).expand(3, 3, 40, 48)
-    torch.manual_seed(0)
-    crops = [crop(video, 32, True) for _ in range(50)]
-    assert len({tuple(one[0, 0, 0].tolist()) for one in crops}) > 20       # of 9 x 17 places
-    assert all(one[0].equal(one[2]) for one in crops)
-    assert crop(video, 32, False).equal(video[..., 4:36, 8:40])
-
-
-def test_boxes_in_pixels_of_the_stored_image_wear_the_colour_of_their_identity(tmp_path):
-    video = torch.zeros(1, 3, 60, 80, dtype=torch.uint8)                   # VCR, Fig. 5
-    drawn = data.draw_boxes(video, [[1, 5, 5, 30, 40], [2, 40, 5, 70, 40]])
-    again = data.draw_boxes(video, [[2, 5, 5, 30, 40]])
-    assert torch.equal(drawn[0, :, 5, 50], again[0, :, 5, 15]) and drawn[0, :, 5, 50].any()
-    assert not torch.equal(drawn[0, :, 5, 15], drawn[0, :, 5, 50])
-    inside, outside = drawn[0, :, 20, 15].float(), drawn[0, :, 55, 35]
-    assert torch.allclose(inside, 0.3 * drawn[0, :, 5, 15], atol=1) and not outside.any()
-    picture(tmp_path / "i.png", (400, 300))
-    sample = {"video": "i.png", "text": "a", "boxes": [[0, 150, 100, 250, 200]]}
-    clips = clips_of(tmp_path, [sample], train=False, image_size=100)
-    drawn = clips[0, 0]["video"][0].float()                    # the whole of it, squashed
-    clips.boxes, clips.squash = False, True                    # Tab. 5 without "Mask"
-    red = (drawn - clips[0, 0]["video"][0]).abs().amax(0) > 30       # identity 0 is red
-    rows, columns = red.nonzero().T
-    assert rows.min() in range(32, 35) and rows.max() in range(65, 69)     # 100 / 3, 200 / 3
-    assert columns.min() in range(36, 39) and columns.max() in range(61, 65)
 
 
 # ---- Reading in processes that may die -----------------------------------------------------------
