@@ -1428,7 +1428,7 @@ def decoded_or_lost(container: av.container.InputContainer, stream: av.VideoStre
     decoded, failure = False, None
     for packet in container.demux(stream):
         try:
-            frames = packet.decode()
+            frames = [None] if is_hole(packet) else packet.decode()
         except av.FFmpegError as error:
             frames, failure = [None], error
         for frame in frames:
@@ -1436,6 +1436,14 @@ def decoded_or_lost(container: av.container.InputContainer, stream: av.VideoStre
             yield frame
     if failure is not None and not decoded:
         raise failure
+
+
+def is_hole(packet: av.Packet) -> bool:
+    """Whether there are only zeros where a packet should be, as in a download with gaps. Of these
+    codecs that is no frame, and the decoder passes over it in silence."""
+    if packet.stream.codec_context.codec.canonical_name not in PLANNED_CODECS:
+        return False
+    return packet.size > 0 and not any(memoryview(packet))
 
 
 class FrameFolder:
@@ -1535,6 +1543,8 @@ class PlannedDecode:
         for packet in self.container.demux(self.stream):
             if packet.size == 0 or not missing:
                 break
+            if is_hole(packet):
+                raise Doubtful(f"{self.path}: has a hole at {packet.pos} bytes")
             started = started or packet.pts == key
             if started:
                 skip = skippable and packet.pts not in missing
