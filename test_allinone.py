@@ -1891,7 +1891,7 @@ def damage(path: Path, number: int, zeros: bool = False) -> Path:
     return path
 
 
-# In H.264, a code without arithmetic coding: else noise is often decoded without an error.
+# H.264 without arithmetic coding, of which noise is often decoded without an error.
 DAMAGED_FILMS = ["a.mp4 bf=0 x264_params=cabac=0:keyint=30:scenecut=0",
                  "a.mkv bf=0 x264_params=cabac=0:keyint=30:scenecut=0",
                  "a.mp4 codec=mpeg4 g=30 sc_threshold=1000000000",
@@ -1916,12 +1916,11 @@ def test_damage_ends_at_the_next_keyframe(kind, zeros, tmp_path):
     assert torch.equal(decode(path, lambda n: chosen), whole[chosen])
 
 
-@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("kind", DAMAGED_FILMS)
-def test_damage_spoils_what_is_predicted_from_it(kind, zeros, tmp_path):
+def test_damage_spoils_what_is_predicted_from_it(kind, tmp_path):
     path = film_of(tmp_path, f"{kind} n=90")
     later = next(number for number in keyframes(path) if number > 45)
-    damage(path, 40, zeros)
+    damage(path, 40, zeros=True)
     for number in (42, later - 1):
         with pytest.raises(Unreadable, match="damaged around"):
             decode(path, lambda n: [number])
