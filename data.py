@@ -3065,14 +3065,16 @@ class SourceFiles:
         paths = self.clips.get(stem(file), [])
         if os.path.basename(folder) in self.folders:
             paths = [path for path in paths if is_below(path, os.path.basename(folder))]
-        exact = [path for path in paths if os.path.basename(path) == file]
-        paths = sorted(exact or paths, key=lambda path: (preference(path), path))
-        rivals = [path for path in paths if preference(path) == preference(paths[0])]
-        if len(set(map(os.path.realpath, rivals))) > 1:
-            self.duplicates[name] = rivals
         if not paths:
             return None
-        self.kinds[preference(paths[0])] = paths[0]
+        exact = [path for path in paths if os.path.basename(path) == file]
+        paths = sorted(exact or paths, key=lambda path: (preference(path), path))
+        kind = preference(paths[0])
+        self.kinds[kind] = paths[0]
+        rivals = [path for path in paths if preference(path) == kind]
+        # A link to a film is no rival of it. Asking the disk about each clip would take long.
+        if len(rivals) > 1 and len(set(map(os.path.realpath, rivals))) > 1:
+            self.duplicates[name] = rivals
         return paths[0].removesuffix("/")
 
 

@@ -3491,6 +3491,13 @@ def test_howto100m_has_windows_of_each_video(notes, converted):
         {"video": "food/-tCQ4tCQdWE.webm", "captions": [[0.41, 3.91, "pic"], [6.0, 8.5, "bowl"]]}]}
 
 
+def test_videos_of_the_same_words_all_count(converted):
+    notes = dict.fromkeys(["-tCQ4tCQdWE.csv", "b/9bZkp7q19f0.csv", "c/9bZkp7q19f0.csv"],
+                          "start,end,text\n0,1,pic\n")
+    train = converted("howto100m", notes, ["-tCQ4tCQdWE.mp4", "9bZkp7q19f0.mp4"])["train"]
+    assert [sample["video"] for sample in train] == ["-tCQ4tCQdWE.mp4", "9bZkp7q19f0.mp4"]
+
+
 @pytest.mark.parametrize("file, pack", [
     ("WAaKRUoY6Io.grover.json", str.encode), ("000of100.jsonl", str.encode),
     ("000of100.jsonl.gz", lambda text: gzip.compress(text.encode()))])
@@ -3885,6 +3892,12 @@ def test_films_go_before_folders_before_pictures(clips, taken, converted, capsys
     assert "more than once" not in capsys.readouterr().out
 
 
+def test_a_name_with_its_ending_is_preferred(converted):
+    notes = {"dataset_coco.json": {"images": [
+        {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "a dog"}]}]}}
+    assert converted("coco", notes, ["a.mp4", "a.jpg"])["test"][0]["video"] == "a.jpg"
+
+
 def test_a_lone_thumbnail_is_reported(converted, capsys):
     notes = {"val_1.json": {video: {"timestamps": [[0, 1]], "sentences": ["A dog."]}
                             for video in ("v_QOl", "v_abc")}}
@@ -3907,7 +3920,7 @@ def test_links_to_a_film_are_no_duplicates(converted, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("copies, annotations", [
-    (["a/val_1.json", "b/val_1.json"], [""]), (["val_1.json", "b/val_1_old.json"], [""]),
+    (["a/val_1.json", "b/val_1.json"], [""]), (["val_1.json", "b/val1.json"], [""]),
     (["a/val_1.json"], ["a", "b/../a", "a/val_1.json"])])
 def test_copies_of_an_annotation_file_count_once(copies, annotations, converted, tmp_path):
     (tmp_path / "notes" / "b").mkdir(parents=True)
@@ -4027,6 +4040,7 @@ def test_huge_caption_files_are_read_in_pieces(tmp_path):
     ("howto100m", {"caption.json": '{"a": {"start": [0], "end": [1], "text": ["b"]}'}, [""],
      "caption.json.*its end is missing: download it again"),
     ("vcr_qa", {"../out/train.jsonl": ""}, ["../out"], "lie in --out"),
+    ("vcr_qa", {"../out/train.jsonl": ""}, ["../out/train.jsonl"], "lie in --out"),
     ("webvid", {"results_2M_train.csv": "id,name\n1,x\n"}, [""], "2M_train.csv: columns id, name"),
     ("msrvtt_qa", {"test_qa.json": [MSVD_QUESTION]}, [""], "test_qa.json: columns answer, id"),
     ("msrvtt_9k", {"x.txt": ""}, [""], "expected MSRVTT_JSFUSION_test.csv, and ")])
