@@ -32,7 +32,7 @@ import typing
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -51,7 +51,7 @@ from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Temporal, 
                       pretraining_scores, read_weights, text_embedding, video_embedding,
                       word_patch_transport)
 from data import (Clips, DataError, Manifest, Tokenizer, clip_files, collate, duration, is_image,
-                  load, replacing, temporary_manifest)
+                  load, replacing, temporary_manifest, texts_of)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
@@ -66,8 +66,9 @@ def field_comments(cls: type) -> dict[str, str]:
     name = None
     for line in inspect.getsource(cls).splitlines():
         comment = line.partition("#")[2]
-        if match := re.match(r"    (\w+): ", line):
-            name = match[1]
+        declaration = re.match(r"    (\w+): ", line)
+        if declaration:
+            name = declaration[1]
             comments[name] = " ".join([*above, comment.strip()]).strip()
             above = []
         elif not line.strip().startswith("#"):
@@ -622,25 +623,33 @@ def score_pretraining(scorer: Scorer) -> list[dict]:
     """
     predictions = []
     for batch, views in scorer.read():
-        logits = defaultdict(float)
+        logits = defaultdict(float)                    # {objective: mean over views, (K, classes)}
         labels = {}
         for view in views:
             scores, _ = pretraining_scores(scorer.model, view, scorer.config.objectives)
             for name, score in scores.items():
                 logits[name] = logits[name] + score.logits.float().cpu() / len(views)
-                labels[name] = score.labels.cpu()
+                labels[name] = score.labels.tolist()
         for name in logits:
-            clip = clip_of_rows(name, batch, len(logits[name]))
-            check_scores(logits[name], [batch["source_line"][b] for b in clip])
-            for b, scores, label in zip(clip, logits[name], labels[name].tolist()):
-                if label < 0:
-                    continue                           # padding, or what the objective leaves out
-                prediction = describe(batch, b)
-                prediction["kind"] = name.upper()
-                prediction["label"] = label
-                prediction["metrics"] = {"accuracy %": recall_of_label(scores, label)[1]}
-                predictions.append(prediction)
+            predictions += objective_predictions(name, batch, logits[name], labels[name])
     return in_order(predictions)
+
+
+def objective_predictions(objective: str, batch: dict, logits: Tensor, labels: list[int]
+                          ) -> list[dict]:
+    """A prediction for each row of logits (K, classes) but those with a negative label."""
+    clips = clip_of_rows(objective, batch, len(logits))
+    check_scores(logits, [batch["source_line"][b] for b in clips])
+    predictions = []
+    for b, scores, label in zip(clips, logits, labels):
+        if label < 0:
+            continue                                   # padding, or what the objective leaves out
+        prediction = describe(batch, b)
+        prediction["kind"] = objective.upper()
+        prediction["label"] = label
+        prediction["metrics"] = {"accuracy %": recall_of_label(scores, label)[1]}
+        predictions.append(prediction)
+    return predictions
 
 
 def clip_of_rows(objective: str, batch: dict, rows: int) -> list[int]:
@@ -1039,11 +1048,13 @@ def attention(scorer: Scorer, clip: dict) -> dict:
         frame = torch.arange(S, device=patches.device)[:, None]
         rolled = origins[d - 1] != frame                                   # (S, n)
         frames = torch.stack([(patches * ~rolled).sum(1), (patches * rolled).sum(1)], 1)   # (S, 2)
-        own, other = frames.sum(0).tolist()
+        own_share, rolled_share = frames.sum(0).tolist()
         block = {"block": d, "text": float(on_text[:length].sum() / length),
-                 "cls": float(cls.sum()), "own": own, "rolled": other, "frames": frames.tolist()}
-        if own and other:
-            block["per_patch"] = other / own * float((~rolled).sum() / rolled.sum())
+                 "cls": float(cls.sum()), "own": own_share, "rolled": rolled_share,
+                 "frames": frames.tolist()}
+        if own_share and rolled_share:
+            patches_ratio = float((~rolled).sum() / rolled.sum())
+            block["per_patch"] = rolled_share / own_share * patches_ratio
         blocks.append(block)
     return {"blocks": blocks}
 
@@ -1157,6 +1168,8 @@ def video_manifest(config: EvalConfig) -> str:
                 samples += cut_windows(sample, config.window)
             else:
                 samples.append(sample)
+    unique = {json.dumps(sample): sample for sample in samples}    # a file may be named twice
+    samples = list(unique.values())
     if not samples:
         raise DataError(f"--video {' '.join(config.video)}: no clip there; expected video files, "
                         "folders of them, or manifests")
@@ -1216,12 +1229,15 @@ def run_on_videos(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig,
     return results
 
 
-def warn_of_unknown_words(tokenizer: Tokenizer, texts: tuple[str, ...]) -> None:
+def warn_of_unknown_words(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
     """Says which words of the texts a checkpoint never learnt as words."""
     words = tokenizer.unknown_words([text.replace("[MASK]", " ") for text in texts])
     if words:
+        examples = ", ".join(words[:12])
+        if len(words) > 12:
+            examples += f" and {len(words) - 12} more"
         print_main(f"this checkpoint's vocabulary has {tokenizer.vocab_size} tokens; it spells or "
-                   f"does not know: {', '.join(words)}")
+                   f"does not know: {examples}")
 
 
 LEGENDS = {
@@ -1298,9 +1314,9 @@ def mean_blocks(results: list[dict]) -> list[dict]:
             if values:
                 mean[name] = sum(values) / len(values)
         frames = torch.tensor([row["frames"] for row in rows]).mean(0)     # (S, 2)
-        for s, (own, rolled) in enumerate(frames.tolist(), start=1):
-            mean[f"frame {s}"] = own
-            mean[f"frame {s} rolled"] = rolled
+        for s, shares in enumerate(frames.tolist(), start=1):
+            mean[f"frame {s}"] = shares[0]
+            mean[f"frame {s} rolled"] = shares[1]
         means.append(mean)
     return means
 
@@ -1450,8 +1466,10 @@ def draw_panel(panel: Panel, x: str, width: int, height: int) -> Image.Image:
     columns = 2                                        # of the legend
     top = LINE * (len(title) + math.ceil(len(panel.names) / columns)) + 14
     left, right, bottom = 56, width - 16, height - 36
-    numbers = [row[name] for row in panel.rows for name in panel.names if name in row]
-    highest = max([number for number in numbers if math.isfinite(number)] + [1e-9])
+    highest = 1e-9
+    for row in panel.rows:
+        numbers = [row[name] for name in panel.names if name in row]
+        highest = max([highest, *filter(math.isfinite, numbers)])
     start = panel.rows[0][x]
     span = max(panel.rows[-1][x] - start, 1e-9)
     canvas.text((8, 2), "\n".join(title), "black", FONT, spacing=LINE - 11)
@@ -1775,6 +1793,11 @@ def run_task(config: EvalConfig, flags: dict, device: torch.device) -> list[dict
         print_main("not trained with VTC: VTM ranks all pairs")
         config = replace(config, rerank=10 ** 9)
     if config.task in MANIFEST_TASKS:
+        manifest = Manifest(config.data, config.columns)
+        texts = []
+        for i in range(min(100, len(manifest))):       # enough to notice another vocabulary
+            texts += texts_of(manifest[i])
+        warn_of_unknown_words(tokenizer, texts)
         result = evaluate(model, tokenizer, config, device, answers)
         report(result, config, model.config)
         return result["predictions"]

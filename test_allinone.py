@@ -5299,6 +5299,12 @@ def test_match_compares_texts_of_different_lengths(films, checkpoint, tmp_path):
         assert row["matched"] == pytest.approx(float(matched[1]), abs=1e-3)
 
 
+def test_a_clip_that_is_named_twice_is_read_once(films, checkpoint, tmp_path):
+    results = results_of("match", [films / "0.mp4", films / "0.mp4"], checkpoint, tmp_path / "r",
+                         "--text", "white ring", "black square")
+    assert [len(result["captions"]) for result in results] == [2]
+
+
 def test_ask_gives_the_likeliest_answers(films, tmp_path):
     path = answering_checkpoint(tmp_path, "qa")
     result, = results_of("ask", [films / "0.mp4"], path, tmp_path / "r", "--text",
@@ -5544,6 +5550,12 @@ def test_words_that_a_checkpoint_cannot_know_are_said(films, checkpoint):
     printed = run_eval("match", [films / "0.mp4"], checkpoint, *flags)
     size = torch.load(checkpoint)["sizes"]["vocab_size"]
     assert f"vocabulary has {size} tokens; it spells or does not know: dog, runs\n" in printed
+
+
+def test_unknown_words_of_a_manifest_are_said(films, checkpoint, tmp_path):
+    line = {"video": str(films / "0.mp4"), "options": ["a dog", "a ring"], "answer": 0}
+    (tmp_path / "m.jsonl").write_text(json_lines(line))
+    assert "or does not know: dog\n" in run_eval("choice", [tmp_path / "m.jsonl"], checkpoint)
 
 
 def test_a_mask_is_no_unknown_word(films, checkpoint):
