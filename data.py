@@ -113,7 +113,8 @@ ALIASES = {  # names that other people's files give to a field
     "text": ("caption", "title", "description", "sentence", "txt")}
 IMAGES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"
 MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".3g2", ".flv",
-         ".f4v", ".wmv", ".asf", ".mts", ".m2ts", ".ts", ".vob", ".ogv", ".gif", *IMAGES)
+         ".f4v", ".wmv", ".asf", ".mts", ".m2ts", ".ts", ".vob", ".ogv", ".qt", ".mpe", ".m2v",
+         ".divx", ".dv", ".mxf", ".rm", ".rmvb", ".gif", *IMAGES)
 HEADER = 5      # int64 numbers before the first offset of an index: see line_index
 
 

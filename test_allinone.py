@@ -3608,7 +3608,7 @@ def test_msrvtt_mc_of_clipbert(converted):
 
 
 def test_msrvtt_mc_training_draws_only_wrong_options(converted):
-    captions = {"video0": ["a dog", "A  dog", "it runs"], "video1": ["a dog", "a cat", "x"],
+    captions = {"video0": ["a dog", "A  dog", "it runs"], "video1": ["A DOG", "a cat", "x"],
                 "video2": ["a cat", "y", "z", "u", "v", "w"]}
     notes = {"train_val_videodatainfo.json": {"sentences": [
         {"video_id": video, "caption": text} for video, texts in captions.items()
