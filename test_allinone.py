@@ -2503,6 +2503,14 @@ def test_an_epoch_visits_each_sample_once_in_new_order():
     assert len({tuple(epoch) for epoch in epochs}) == 20
 
 
+def test_each_seed_has_an_order_of_its_own():
+    orders = set()
+    for seed in range(5):
+        (micro_batch,) = BatchSampler([48], 48, seed)
+        orders.add(tuple(sample for sample, _ in micro_batch))
+    assert len(orders) == 5
+
+
 @pytest.mark.parametrize("sizes, world, batch, shares", [
     ([6], 1, 4, ()), ([50], 4, 24, ()), ([24], 4, 24, ()), ([7], 1, 6, ()),
     ([40, 24], 1, 24, ()), ([40, 40], 2, 24, (1, 2)), ([60, 50, 40], 1, 24, (3, 2, 1))])
@@ -2638,6 +2646,7 @@ def test_a_wrong_vocabulary_is_refused(name, message, vocabulary_files):
     (["A Dog, [MASK]!", ""], []),                                   # punctuation is no word
     (["a zebra runs"], ["zebra"]),                                  # z is no letter of it: [UNK]
     (["The God ran", "a god"], ["god", "ran"]),                     # g ##o ##d, r ##a ##n
+    (["no dog"], ["no"]),                                           # n ##o
     (["dogs"], []),                                                 # dog ##s says enough
     (["towards"], ["towards"]),                                     # to ##w ##a ##r ##d ##s
     (["dög"], []), (["göd"], ["göd"])])
