@@ -111,7 +111,7 @@ FIELDS = {"video": TEXT, "text": TEXT, "texts": TEXTS, "captions": CAPTIONS, "qu
 ALIASES = {  # names that other people's files give to a field
     "video": ("path", "file", "filename", "video_path", "clip"),
     "text": ("caption", "title", "description", "sentence", "txt")}
-IMAGES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"
+IMAGES = ".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff"
 MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".3g2", ".flv",
          ".f4v", ".wmv", ".asf", ".mts", ".m2ts", ".ts", ".vob", ".ogv", ".qt", ".mpe", ".m2v",
          ".divx", ".dv", ".mxf", ".rm", ".rmvb", ".gif", *IMAGES)
@@ -1515,7 +1515,8 @@ class PlannedDecode:
             raise Doubtful(f"{source}: its first frames follow no keyframe")
         if not sought and self.pts[0] != origin:
             raise Doubtful(f"{source}: begins at another time than it says")
-        self.seconds = [float((time - origin) * seconds_of(stream.time_base)) for time in self.pts]
+        numerator, denominator = stream.time_base.numerator, stream.time_base.denominator
+        self.seconds = [(time - origin) * numerator / denominator for time in self.pts]
         last = max(headers, key=lambda header: header.pts)
         self.lasts = self.seconds[-1] + last.duration * tick
 
@@ -1588,20 +1589,22 @@ def read_headers(container: av.container.InputContainer, stream: av.VideoStream,
                  high: float | None) -> tuple[list[Header], float]:
     """The headers of a stream's packets, as stored, until all frames shown before time `high` are
     there; and the seconds at which the longest stream of the container ends."""
-    headers, ends = [], 0.0
+    headers, ends = [], {}
     for packet in container.demux():
         if packet.size == 0:
             continue                            # an empty packet ends each stream
         length = packet.duration or 0
         if packet.pts is not None:
-            ends = max(ends, (packet.pts + length) * float(packet.time_base))
+            number = packet.stream_index
+            ends[number] = max(packet.pts + length, ends.get(number, 0))
         if packet.stream_index != stream.index:
             continue
         headers.append(Header(packet.pts, packet.dts, length, packet.is_keyframe,
                               packet.is_discard, packet.is_corrupt))
         if high is not None and packet.dts is not None and packet.dts >= high:
             break
-    return headers, ends
+    seconds = [ticks * float(container.streams[number].time_base) for number, ticks in ends.items()]
+    return headers, max(seconds, default=0.0)
 
 
 def check_trust(source: Source, container: av.container.InputContainer, stream: av.VideoStream,

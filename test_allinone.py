@@ -1655,6 +1655,13 @@ def test_a_folder_of_images_is_a_clip(start, end, fps, shown, tmp_path):
     assert (clip.float().mean((1, 2, 3)) / 20).round().tolist() == shown
 
 
+@pytest.mark.parametrize("ending", ["avif", "webp", "bmp", "tiff", "png"])
+def test_a_folder_may_hold_any_kind_of_image(ending, tmp_path):
+    Image.new("RGB", (40, 20), (200, 100, 50)).save(tmp_path / f"1.{ending}")
+    assert decode(tmp_path, range).shape == (1, 3, 20, 40)
+    assert data.is_image({"video": f"1.{ending}"})
+
+
 def test_images_of_a_folder_take_the_first_ones_size(tmp_path):
     picture(tmp_path / "1.png", (40, 20))
     picture(tmp_path / "2.png", (31, 20))
