@@ -44,6 +44,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import allinone
 import data
@@ -4080,23 +4083,28 @@ def test_the_folder_of_clips_must_exist(videos, message, tmp_path):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory) -> Path:
     """A folder of 24 toy clips and 10 images, with a manifest for each task."""
-    folder, draw = tmp_path_factory.mktemp("clips"), random.Random(0)
+    folder = tmp_path_factory.mktemp("clips")
+    rng = random.Random(0)
     lines = collections.defaultdict(list)
     for i in range(24):
-        toy, video = data.ToyClip.sample(draw), f"{i}.mp4"
+        toy = data.ToyClip.sample(rng)
+        video = f"{i}.mp4"
         data.write_clip(folder / video, toy.frames(), 4, {"crf": "18"})
-        texts = [toy.caption(), toy.caption(order=1 - toy.order)]
-        lines["train"].append({"video": video, "text": texts[0]})
-        lines["choice"].append({"video": video, "options": texts, "answer": 0, "kind": "order"})
+        caption = toy.caption()
+        twin = toy.twin().caption()
+        lines["train"].append({"video": video, "text": caption})
+        lines["choice"].append(
+            {"video": video, "options": [caption, twin], "answer": 0, "kind": "order"})
         if i < 10:
-            lines["images"].append({"video": picture(folder / f"{i}.png").name, "text": texts[0]})
+            image = picture(folder / f"{i}.png").name
+            lines["images"].append({"video": image, "text": caption})
         if i < 7:
-            lines["retrieval"].append({"video": video, "texts": [texts[0], f"{i} {texts[0]}"]})
+            lines["retrieval"].append({"video": video, "texts": [caption, f"{i} {caption}"]})
             lines["qa"].append({"video": video, "question": "what shape is it?",
-                                "answer": texts[0].split()[i % 2]})
-    lines["no_answer"].append({"video": video, "options": texts})
+                                "answer": caption.split()[i % 2]})
+    lines["no_answer"].append({"video": "0.mp4", "options": ["a ring", "a square"]})
     lines["gone"].append({"video": "gone.mp4", "text": "a"})
-    lines["unread"].append({"video": "gone.mp4", "answer": "a"})
+    lines["gone_answer"].append({"video": "gone.mp4", "answer": "a"})
     lines["misspelt"].append({"video": "0.mp4", "question": "a", "anwser": "a"})
     for name, samples in lines.items():
         (folder / f"{name}.jsonl").write_text(json_lines(*samples))
@@ -4110,7 +4118,8 @@ TUNING = "--batch 4 --steps 3 --workers 0 --log_every 1".split()
 
 def run(module, *arguments, code=0) -> str:
     """What a command line prints, or its error; in this process for speed."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             module.main([str(argument) for argument in arguments])
@@ -4121,29 +4130,18 @@ def run(module, *arguments, code=0) -> str:
             returned = 1
             print(error, file=err)
     assert returned == code, err.getvalue()
-    return err.getvalue() if code else out.getvalue()
+    return err.getvalue() if code in (1, 2) else out.getvalue()
 
 
 def pretrain(clips, out, *flags, code=0) -> str:
+    """What train.py prints about 12 steps of a tiny model."""
     return run(train, "--data", clips / "train.jsonl", "--out", out, *TINY_RUN, *flags, code=code)
 
 
 def fine_tune(task, manifest, out, whole_run, *flags, code=0) -> str:
+    """What train.py prints about 3 steps from the checkpoint of another run."""
     return run(train, "--task", task, "--data", manifest, "--init", whole_run / "checkpoint.pt",
                "--out", out, *TUNING, *flags, code=code)
-
-
-def evaluate(task, files, checkpoint, *flags, code=0) -> str:
-    """What eval.py says of a manifest or, of --task fill to search, of clips."""
-    kind = "--video" if task in (*eval.USES, "search") else "--data"
-    return run(eval, "--task", task, kind, *files, "--checkpoint", checkpoint, "--workers", 0,
-               *flags, code=code)
-
-
-def predicted(task, files, checkpoint, saved, *flags) -> list[dict]:
-    """Its --json, written to `saved`."""
-    evaluate(task, files, checkpoint, "--json", saved, *flags)
-    return lines_of(saved)
 
 
 FORKS = multiprocessing.get_context("forkserver")      # a process that has torch loaded, and forks
@@ -4164,53 +4162,80 @@ class Started:
     """A command line in processes of its own, which are its ranks."""
 
     def __init__(self, output, *arguments, processes=1):
-        self.output, arguments = Path(output), list(map(str, arguments))
+        self.outputs = [Path(f"{output}{rank or ''}") for rank in range(processes)]
+        arguments = [str(argument) for argument in arguments]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-        self.ranks = [FORKS.Process(target=command, daemon=True, args=(
-            arguments, {} if processes == 1 else {**world, "RANK": str(rank)},
-            f"{self.output}{rank or ''}")) for rank in range(processes)]
-        for rank in self.ranks:
-            rank.start()
+        self.ranks = []
+        for rank in range(processes):
+            environment = {}
+            if processes > 1:
+                environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                               "WORLD_SIZE": str(processes), "RANK": str(rank)}
+            self.ranks.append(FORKS.Process(target=command, daemon=True, args=(
+                arguments, environment, str(self.outputs[rank]))))
+            self.ranks[-1].start()
 
     def running(self, rest=0.0) -> bool:
-        """Whether all ranks are, after a rest of some seconds."""
+        """Whether all ranks are running, after a rest of some seconds."""
         time.sleep(rest)
         return all(rank.is_alive() for rank in self.ranks)
 
     def wait(self, *codes) -> int:
-        """The exit code, one of those expected: by default 0. A rank that outlives another is
-        killed, as torchrun does."""
+        """The exit code, one of those expected: by default 0.
+
+        A rank that outlives another by more than a second is killed, as torchrun does.
+        """
         while alive := [rank.sentinel for rank in self.ranks if rank.is_alive()]:
-            assert multiprocessing.connection.wait(alive, 300), f"still running: {self.output}"
+            ended = multiprocessing.connection.wait(alive, 300)
+            assert ended, f"still running: {self.outputs[0]}"
             if any(rank.exitcode for rank in self.ranks):
                 for rank in self.ranks:
+                    rank.join(1)
                     rank.kill()
         code = max(abs(rank.exitcode) for rank in self.ranks)
-        assert code in (codes or [0]), self.output.read_text()
+        assert code in (codes or [0]), self.printed()
         return code
+
+    def printed(self) -> str:
+        return "".join(output.read_text() for output in self.outputs)
 
 
 def lines_of(path, first=0) -> list[dict]:
+    """The objects of a .jsonl file."""
     return [json.loads(line) for line in path.read_bytes().splitlines()[first:]]
 
 
+def absolute(manifest) -> list[str]:
+    """The lines of a manifest, to be used in another folder."""
+    text = manifest.read_text().replace('"video": "', f'"video": "{manifest.parent}/')
+    return text.splitlines(True)
+
+
+def records(out) -> list[dict]:
+    """The lines of a run's log that tell of steps."""
+    return [line for line in lines_of(out / "log.jsonl") if "lr" in line]
+
+
 def finished(out) -> tuple[dict, list]:
-    """(checkpoint, losses of each step) of a run folder."""
-    losses = [[line["step"], *(v for k, v in line.items() if k in (*train.OBJECTIVES, "grad_norm"))]
-              for line in lines_of(out / "log.jsonl") if "lr" in line]
+    """(checkpoint, [step, learning rate, losses, norm] of each line of the log) of a run folder."""
+    names = ("step", "lr", *OBJECTIVES, *SCORES, "grad_norm")
+    losses = []
+    for record in records(out):
+        losses.append([record[name] for name in names if name in record])
     return torch.load(out / "checkpoint.pt", weights_only=True), losses
 
 
-def same_bits(one, other):
-    """Two run folders hold the same weights, optimiser state, best and losses of every step."""
-    (saved, losses), (expected, expected_losses) = finished(one), finished(other)
-    assert losses == expected_losses and len(losses) == expected["state"]["step"]
-    if (other / "best.pt").exists():
-        saved["best"], expected["best"] = (torch.load(out / "best.pt")["model"] for out in
-                                           (one, other))
+def same_bits(run_folder, other_folder):
+    """Two run folders hold the same weights, optimiser state, best and numbers of every step."""
+    saved, losses = finished(run_folder)
+    expected, expected_losses = finished(other_folder)
+    assert losses == expected_losses
+    assert len(losses) == expected["state"]["step"]
+    if (other_folder / "best.pt").exists():
+        saved["best"] = torch.load(run_folder / "best.pt")["model"]
+        expected["best"] = torch.load(other_folder / "best.pt")["model"]
     for key in ("model", "optimizer", "scaler", "state", "best"):
         torch.testing.assert_close(saved.get(key), expected.get(key), rtol=0, atol=0)
 
@@ -4223,23 +4248,684 @@ def whole_run(clips, tmp_path_factory) -> Path:
     return out
 
 
-def test_the_learning_rate_warms_up_for_a_tenth_and_decays_linearly_to_zero():
-    rates = [train.lr_at(step, 1000, 1e-4, warmup=0.1) for step in range(1001)]
-    assert rates[0] == pytest.approx(1e-6) and rates[99] == max(rates) == pytest.approx(1e-4)
-    falls = np.diff(rates[100:])
-    assert np.allclose(falls, falls[0]) and falls[0] < 0 and rates[1000] == 0
-    assert train.lr_at(2499, 200_000, 1e-4, warmup=2500) == pytest.approx(1e-4)   # the release's
+@pytest.fixture
+def trainer(clips, tmp_path):
+    """A function of flags that sets up a run on 24 clips, in a world of one."""
+    runs = []
+
+    def set_up(*flags) -> train.Trainer:
+        for earlier in runs:
+            earlier.lock.close()
+        flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--out", tmp_path / "run", *flags]
+        config, model_fields, overrides = train.configure([str(flag) for flag in flags])
+        one = train.Trainer(config, model_fields, overrides, torch.device("cpu"))
+        runs.append(one.run)
+        return one
+    with eval.joined_processes():
+        yield set_up
 
 
-def test_defaults_are_the_papers_recipe():
-    config, sizes, _ = train.configure(["--data", "x.jsonl"])
-    assert (config.lr, config.weight_decay, config.warmup, config.steps, config.batch_per_gpu) == (
-        1e-4, 1e-2, 0.1, 200_000, 16)
-    assert Config(**sizes) == Config()                                       # All-in-one-B
-    config, sizes, _ = train.configure("--data x.jsonl --recipe release --beta2 0.9".split())
-    assert "wpa" in config.objectives and config.whole_word_masking and config.warmup == 2500
-    assert sizes["roll"] == "release" and config.beta2 == 0.9   # a flag has the last word
+# ---- Training: schedule, recipes, flags (Sec. 4.1.2)
 
+@pytest.mark.parametrize("step, lr", [
+    (0, 1e-5), (1, 2e-5), (8, 9e-5), (9, 1e-4),        # rises for a tenth of the steps
+    (10, 1e-4), (55, 5e-5), (98, 1e-4 * 2 / 90), (99, 1e-4 / 90)])
+def test_the_learning_rate_rises_then_falls(step, lr):
+    assert train.lr_at(step, steps=100, peak=1e-4, warmup=0.1) == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("step, lr", [(0, 1e-4 / 2500), (2499, 1e-4), (101_250, 5e-5)])
+def test_a_warmup_above_1_counts_steps(step, lr):                             # the release's
+    assert train.lr_at(step, steps=200_000, peak=1e-4, warmup=2500) == pytest.approx(lr)
+
+
+def test_each_step_has_its_learning_rate(whole_run):
+    expected = [train.lr_at(step, 12, 1e-3, 0.1) for step in range(12)]
+    assert [record["lr"] for record in records(whole_run)] == expected
+
+
+def recipe(*flags) -> dict:
+    """What a recipe sets, for 100,000 samples on 32 processes."""
+    config, fields, _ = train.configure(["--data", "x.jsonl", *flags])
+    layout = train.split_batch(config, samples=100_000, world=32)
+    return {"batch": layout.batch, "clips of a GPU": layout.micro_batch, "lr": config.lr,
+            "length": config.epochs or config.steps, "warmup": config.warmup,
+            "beta2": config.beta2, "weight decay": config.weight_decay,
+            "objectives": " ".join(config.objectives),
+            "roll": fields.get("roll", "paper"), "answer head": fields.get("answer_head", "paper"),
+            "head lr": config.head_lr, "whole words": config.whole_words}
+
+
+PAPER = {"batch": 256, "clips of a GPU": 8, "lr": 1e-4, "length": 20, "warmup": 0.1,
+         "beta2": 0.999, "weight decay": 0.01, "roll": "paper", "answer head": "paper",
+         "head lr": 1, "whole words": False}                                   # Sec. 4.1.2
+
+
+@pytest.mark.parametrize("task, differs", [
+    ("pretrain", {"batch": 512, "clips of a GPU": 16, "length": 200_000, "objectives": "vtm mlm"}),
+    ("retrieval", {"objectives": "vtc rank"}),
+    ("choice", {"objectives": "choice"}),
+    ("qa", {"objectives": "qa"}),
+    ("probe", {"objectives": "probe", "answer head": "linear"})])
+def test_the_default_recipe_is_the_papers(task, differs):
+    assert recipe("--task", task) == {**PAPER, **differs}
+
+
+@pytest.mark.parametrize("task, differs", [
+    ("pretrain", {"batch": 4096, "clips of a GPU": 16, "length": 200_000, "warmup": 2500,
+                  "objectives": "vtm mlm wpa", "whole words": True}),
+    ("retrieval", {"batch": 1024, "length": 200, "lr": 3e-4, "objectives": "vtc rank"}),
+    ("choice", {"objectives": "choice"}),
+    ("qa", {"batch": 512, "clips of a GPU": 16, "objectives": "qa", "answer head": "release",
+            "head lr": 10}),
+    ("probe", {"objectives": "probe", "answer head": "linear", "length": 50, "lr": 3e-4})])
+def test_the_releases_recipe_is_selected_whole(task, differs):
+    expected = {**PAPER, "beta2": 0.98, "roll": "release", **differs}
+    assert recipe("--task", task, "--recipe", "release") == expected
+
+
+def test_the_releases_recipe_shuffles_patches():
+    _, fields, overrides = train.configure(["--data", "x", "--recipe", "release"])
+    assert (fields["patch_order"], fields["roll_unimodal"]) == ("random", False)
+    assert overrides["patch_order"] == "random"            # over those of an --init, too
+
+
+def test_a_flag_has_the_last_word():
+    config, fields, _ = train.configure(
+        "--data x --recipe release --beta2 0.9 --roll paper --batch 96".split())
+    assert (config.beta2, fields["roll"], config.batch) == (0.9, "paper", 96)
+
+
+@pytest.mark.parametrize("variant, width", [("nano", 64), ("Ti", 192), ("S", 384), ("L", 1024)])
+def test_a_variant_has_its_width(variant, width):
+    _, fields, _ = train.configure(["--data", "x", "--variant", variant])
+    assert fields["width"] == width
+
+
+def test_flags_of_steps_replace_epochs():
+    config, _, _ = train.configure("--task qa --data x --steps 7".split())
+    assert (config.steps, config.epochs) == (7, 0)
+
+
+def test_without_data_toy_clips_are_trained():
+    config, fields, _ = train.configure(["--task", "qa"])
+    assert (config.data, config.variant) == (("data/toy/qa_train.jsonl",), "nano")
+    assert fields["image_size"] == 48
+
+
+FIRST_FLAGS = "task data init out val batch steps epochs lr workers".split()
+
+
+def test_help_begins_with_the_commonest_flags(capsys):
+    with pytest.raises(SystemExit):
+        train.configure(["--help"])
+    flags = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)
+    assert flags[:10] == FIRST_FLAGS
+    assert set(flags) == {*train.TrainConfig.__dataclass_fields__, *Config.__dataclass_fields__
+                          } - {"vocab_size", "answers"}
+
+
+@pytest.mark.parametrize("name", train.TrainConfig.__dataclass_fields__)
+def test_each_flag_has_a_clause_of_help(name):
+    assert len(eval.field_comments(train.TrainConfig)[name].split()) >= 3
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--task pretrane", "invalid choice: 'pretrane' (choose from"),
+    ("--task pretrain --widht 3", "unrecognized arguments: --widht"),
+    ("--temporal rolling", "invalid choice: 'rolling'"),
+    ("--data absent.jsonl", "absent.jsonl"),
+    ("--data a --objectives vtx", "--objectives vtx: those of --task pretrain are vtm, mlm"),
+    ("--data a --task qa --objectives mlm", "--objectives mlm: those of --task qa are qa"),
+    ("--data a --objectives wpa", "wpa needs vtm"),
+    ("--data a --val b/x_test.clean.jsonl --val_every 5", "the validation"),
+    ("--data a --val latest.jsonl --val_every 5", "a: no such manifest"),
+    ("--data a --log_every 0", "--log_every 0: must be 1 or more"),
+    ("--data a --batch -4", "--batch -4: must be 0 or more"),
+    ("--data a --steps 6 --epochs 1", "--steps and --epochs both say how long to train"),
+    ("--data a --val_every 5", "--val_every needs --val"),
+    ("--data a --compile", "cannot compile without a C++ compiler"),
+    ("--task probe --data {clips}/gone_answer.jsonl --vocab train --workers 0",
+     "no clip of a manifest can be read: "),
+    ("--task qa --data {clips}/misspelt.jsonl --vocab train", 'no line has an "answer"'),
+    ("--data {clips}/train.jsonl --vocab train --freeze blocks.99",
+     "--freeze blocks.99: no such part; there are cls_token"),
+    ("--task choice --data {clips}/no_answer.jsonl --vocab train --workers 0",
+     '"answer" is None; expected an index into the 2 options'),
+    ("--data {clips}/train.jsonl --init absent.pth", "absent.pth: no such file"),
+    ("--data {clips}/train.jsonl --init {whole}/checkpoint.pt --variant S",
+     "--variant: the sizes are those of"),
+    ("--data {clips}/train.jsonl --vocab absent.txt", "local vocab.txt"),
+    ("--data {clips}/choice.jsonl --vocab train --workers 0", "choice.jsonl:"),
+    ("--data {clips}/train.jsonl --vocab train --val absent.jsonl", "absent.jsonl: no such"),
+    ("--data {clips}/train.jsonl --vocab train --mix 1 2", "--mix 1.0 2.0"),
+    ("--data {clips}/gone.jsonl --vocab train --workers 0", "1 clips in a row cannot be read"),
+    ("--data {clips}/choice.jsonl --vocab train --task choice --val {clips}/no_answer.jsonl",
+     '"answer" is None; expected an index into the 2 options')])
+def test_wrong_flags_and_files_get_one_line(
+        flags, message, clips, whole_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")                       # no compiler there
+    code = 2 if "invalid" in message or "unrecognized" in message else 1
+    flags = flags.format(clips=clips, whole=whole_run).split()
+    if "--init" not in flags:
+        flags += "--width 32 --depth 1 --heads 2".split()
+    error = run(train, *flags, "--out", tmp_path / "run", code=code)
+    assert message in error
+    assert code == 2 or error.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# ---- Training: batches and their length
+
+@pytest.mark.parametrize("batch, most, world, layout", [
+    (64, 16, 1, (64, 16, 4)), (24, 16, 1, (24, 8, 3)), (9, 4, 1, (9, 3, 3)),
+    (64, 16, 4, (64, 16, 1)), (0, 16, 4, (64, 16, 1))])
+def test_a_batch_is_cut_into_few_micro_batches(batch, most, world, layout):
+    config = train.TrainConfig(batch=batch, batch_per_gpu=most)
+    assert train.split_batch(config, 1000, world) == layout
+
+
+@pytest.mark.parametrize("batch, world, message", [
+    (34, 2, "34 on 2 processes makes micro-batches of 1 clip"),     # VTM would see no mismatch
+    (10, 4, "10 does not divide among 4 processes")])
+def test_a_batch_that_cannot_be_cut_is_refused(batch, world, message):
+    config = train.TrainConfig(batch=batch, batch_per_gpu=16)
+    with pytest.raises(DataError, match=message):
+        train.split_batch(config, 1000, world)
+
+
+@pytest.mark.parametrize("samples, world, batch", [
+    (6, 1, 6), (1000, 1, 256), (30, 1, 24), (30, 2, 16), (1, 2, 2)])
+def test_a_recipes_batch_fits_the_data(samples, world, batch):
+    config = train.TrainConfig(task="choice", objectives=("choice",))
+    assert train.split_batch(config, samples, world).batch == batch
+
+
+def test_a_batch_cut_to_the_data_is_said(clips, whole_run, tmp_path):
+    printed = run(train, "--task", "retrieval", "--data", clips / "retrieval.jsonl", "--init",
+                  whole_run / "checkpoint.pt", "--workers", 0, "--epochs", 1, "--out", tmp_path)
+    assert "7 samples are less than the recipe's batch of 256: a step has 7 clips" in printed
+
+
+def test_samples_that_repeat_are_said(clips, tmp_path):
+    printed = pretrain(clips, tmp_path, "--batch", 32, "--steps", 1)
+    assert re.search(r"a step reads 32 clips of \S+train.jsonl, which has 24 lines", printed)
+
+
+@pytest.mark.parametrize("epochs, batch, steps", [(1, 24, 1), (1, 16, 2), (3, 16, 6)])
+def test_epochs_round_up(epochs, batch, steps, clips, tmp_path):
+    flags = ("--width 32 --depth 1 --heads 2 --image_size 32 --vocab train "
+             f"--epochs {epochs} --batch {batch} --data {clips}/train.jsonl --out {tmp_path}")
+    config, fields, overrides = train.configure(flags.split())
+    with eval.joined_processes():
+        assert train.Trainer(config, fields, overrides, torch.device("cpu")).steps == steps
+
+
+# ---- Training: what is trained, and by which gradients
+
+HEADS = {"pooler", "vtm_head", "mlm_head", "text_proj", "video_proj", "answer_head"}
+
+
+@pytest.mark.parametrize("task, objectives, heads", [
+    ("pretrain", "vtm mlm", "pooler vtm_head mlm_head"),
+    ("pretrain", "mlm", "mlm_head"),
+    ("pretrain", "vtm wpa", "pooler vtm_head"),
+    ("pretrain", "vtc", "text_proj video_proj"),
+    ("retrieval", "vtc rank", "text_proj video_proj pooler vtm_head"),
+    ("retrieval", "vtc", "text_proj video_proj"),
+    ("retrieval", "vtc vtm", "text_proj video_proj pooler vtm_head"),        # Sec. 4.2.2, Tab. 7
+    ("choice", "choice", "pooler vtm_head"),
+    ("qa", "qa", "pooler answer_head")])
+def test_a_step_moves_what_objectives_reach(task, objectives, heads, trainer, clips):
+    manifest = {"pretrain": "train"}.get(task, task)
+    one = trainer("--task", task, "--data", clips / f"{manifest}.jsonl", "--objectives",
+                  *objectives.split(), "--steps", 1, "--batch", 4)
+    before = {name: p.clone() for name, p in one.model.named_parameters()}
+    one.train()
+    for name, parameter in one.model.named_parameters():
+        is_trained = name.split(".")[0] not in HEADS - set(heads.split())
+        assert parameter.requires_grad == is_trained, name
+        if name != "vtm_head.bias" or "vtm" in objectives:     # a softmax over candidates has none
+            assert parameter.equal(before[name]) != is_trained, name
+
+
+def test_freeze_names_whole_parts(trainer):
+    one = trainer("--depth", 11, "--freeze", "blocks.1", "patch_embed")
+    frozen = {".".join(name.split(".")[:2]) for name, p in one.model.named_parameters()
+              if not p.requires_grad}
+    assert {"blocks.1", "patch_embed.proj"} <= frozen
+    assert "blocks.10" not in frozen
+
+
+def test_decay_shrinks_matrices_apart_from_gradients(trainer):     # AdamW [27], not Adam
+    one = trainer("--lr", 0.1, "--weight_decay", 0.5)
+    before = {name: p.clone() for name, p in one.model.named_parameters()}
+    for p in one.trained:
+        p.grad = torch.zeros_like(p)
+    one.optimizer.step()
+    for name, parameter in one.model.named_parameters():
+        if parameter.requires_grad:
+            factor = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1    # no bias, no norm
+            close(parameter, factor * before[name])
+
+
+def test_the_answer_head_has_its_own_rate(trainer, clips):
+    one = trainer("--task", "qa", "--data", clips / "qa.jsonl", "--head_lr", 10, "--beta2", 0.9)
+    train.set_lr(one.optimizer, 1e-4)
+    names = {p: name for name, p in one.model.named_parameters()}
+    for group in one.optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.9)
+        for p in group["params"]:
+            lr = 1e-3 if names[p].startswith("answer_head") else 1e-4
+            assert group["lr"] == pytest.approx(lr)
+
+
+def gradients_of_a_step(one: train.Trainer) -> dict[str, torch.Tensor]:
+    """What a step of gradient descent with a rate of 1 takes from each parameter."""
+    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    one.optimizer = torch.optim.SGD([{"params": one.trained, "factor": 1.0}], lr=1.0)
+    one.run.parts["optimizer"] = one.optimizer
+    one.train()
+    return {name: before[name] - p.detach() for name, p in one.model.named_parameters()}
+
+
+def plain_loss(model, batch, objectives) -> torch.Tensor:
+    """The losses of Sec. 3.3 and 4.2 as their sentences say, each clip by itself."""
+    total = 0.0
+    B = len(batch["video"])
+
+    def text_of(i):
+        length = int(batch["text_mask"][i].sum())                       # without padding
+        return batch["text_ids"][i:i + 1, :length]
+
+    for i in range(B):
+        if "vtm" in objectives:
+            video = batch["video"][batch["vtm_video"][i]][None]
+            logits = model.vtm_head(model(video, text_of(i)).pooled)
+            total += F.cross_entropy(logits, batch["vtm_labels"][i:i + 1]) / B
+        if "rank" in objectives or "choice" in objectives:
+            scores = []
+            for ids, mask in zip(batch["option_ids"][i], batch["option_text_mask"][i]):
+                if mask.any():
+                    features = model(batch["video"][i:i + 1], ids[mask][None])
+                    scores.append(model.vtm_head(features.pooled)[:, 1])
+            total += F.cross_entropy(torch.cat(scores)[None], batch["label"][i:i + 1]) / B
+        if "qa" in objectives and batch["label"][i] >= 0:
+            known = int((batch["label"] >= 0).sum())
+            logits = model.answer_head(model(batch["video"][i:i + 1], text_of(i)).pooled)
+            total += F.cross_entropy(logits, batch["label"][i:i + 1]) / known
+    if "mlm" in objectives:
+        logits = model.mlm_head(model(batch["video"], batch["mlm_ids"], batch["text_mask"]).text)
+        total += F.cross_entropy(logits.flatten(0, 1)[batch["mlm_positions"]],
+                                 batch["mlm_labels"], ignore_index=-100)
+    if "vtc" in objectives:
+        text = torch.cat([text_embedding(model, text_of(i)) for i in range(B)])
+        cosines = text @ video_embedding(model, batch["video"]).T / 0.05
+        total += F.cross_entropy(cosines, torch.arange(B))
+        total += F.cross_entropy(cosines.T, torch.arange(B))
+    if "wpa" in objectives:                                     # release: a tenth of it counts
+        features = model(batch["video"][batch["vtm_video"]], batch["text_ids"], batch["text_mask"])
+        distance, _ = word_patch_transport(features.text, features.video[:, 1:],
+                                           batch["text_mask"])
+        total += 0.1 * (distance * (2 * batch["vtm_labels"] - 1)).mean()
+    return total
+
+
+@pytest.mark.parametrize("task, objectives", [
+    ("pretrain", "vtm mlm"), ("pretrain", "vtm wpa"), ("retrieval", "vtc rank"),
+    ("retrieval", "vtc vtm"), ("choice", "choice"), ("qa", "qa")])
+def test_a_step_follows_the_plain_losses(task, objectives, trainer, tmp_path, clips):
+    lines = [json.loads(line) for line in absolute(clips / "train.jsonl")[:4]]
+    texts = ["white ring", "black square while red turns green and blue", "black", "white square"]
+    for line, text in zip(lines, texts):
+        line.update(text=text, options=[text, "a", "b"][:2 + len(text) % 2], answer=0)
+        if task == "qa":
+            line.update(question=text, answer=text if "white" in text else "unheard of")
+    (tmp_path / "answers.json").write_text(json.dumps(texts))
+    (tmp_path / "m.jsonl").write_text(json_lines(*lines))
+    one = trainer("--task", task, "--data", tmp_path / "m.jsonl", "--objectives",
+                  *objectives.split(), "--dropout", 0, "--drop_path", 0, "--steps", 1, "--batch", 4,
+                  "--lr", 1)
+    (batch,) = one.stream()
+    loss = plain_loss(one.model, batch, objectives.split())
+    gradients = torch.autograd.grad(loss, one.trained, allow_unused=True)
+    names = [name for name, p in one.model.named_parameters() if p.requires_grad]
+    taken = gradients_of_a_step(one)
+    for name, gradient in zip(names, gradients):
+        close(taken[name], torch.zeros(()) if gradient is None else gradient, atol=2e-5)
+
+
+@pytest.mark.parametrize("processes, size, objectives", [
+    (1, 8, "vtm mlm"), (2, 8, "vtm mlm"), (2, 16, "vtm mlm vtc")] + FULL * [(4, 8, "vtm mlm vtc")])
+def test_processes_and_micro_batches_change_nothing(
+        processes, size, objectives, clips, tmp_path):
+    """VTM's pairs and MLM's divisor belong to the whole batch, VTC's negatives to all processes."""
+    flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--lr", 1e-4, "--dropout", 0,
+             "--drop_path", 0, "--steps", 50 if FULL else 4, "--batch", 32,
+             "--objectives", *objectives.split()]
+    for ranks, most, name in ((1, 32, "whole"), (processes, size, "parts")):
+        Started(tmp_path / "printed", "train.py", *flags, "--batch_per_gpu", most,
+                "--out", tmp_path / name, processes=ranks).wait()
+    whole, losses = finished(tmp_path / "whole")
+    parts, losses_of_parts = finished(tmp_path / "parts")
+    assert np.allclose(losses, losses_of_parts, rtol=2e-6, atol=0)
+    for name, tensor in whole["model"].items():
+        other = parts["model"][name]
+        if name.endswith("qkv.bias"):    # softmax ignores the keys' bias: Adam scales its noise
+            tensor = torch.cat([tensor[:32], tensor[64:]])
+            other = torch.cat([other[:32], other[64:]])
+        close(tensor, other, rtol=0, atol=5e-6)
+
+
+def test_each_micro_batch_draws_its_own_dropout(trainer):
+    seeds = []
+    for rank in (0, 1, 0):
+        one = trainer("--batch_per_gpu", 4, "--steps", 2)
+        one.rank = rank
+        one.run.is_main = False                                        # leaves no checkpoint
+        one.ddp.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+        one.train()
+    assert len(set(seeds[:8])) == 8                                    # 2 ranks, 2 steps, 2 each
+    assert seeds[8:] == seeds[:4]
+
+
+def test_a_parameter_without_gradient_is_named(trainer, clips):
+    """As a new mixing that images, which have one frame, do not use."""
+    one = trainer("--data", clips / "train.jsonl", clips / "images.jsonl")
+    one.model.gate = torch.nn.Parameter(torch.zeros(1))
+    mix = one.model.mix_frames
+
+    def gated(z, frames, *arguments):
+        z = mix(z, frames, *arguments)
+        return z * (1 + one.model.gate) if frames > 1 else z
+
+    one.model.mix_frames = gated
+    with pytest.raises(DataError, match="gate: no part in the losses of .*images.jsonl.* by 0"):
+        one.train()
+
+
+NEW_OBJECTIVE = '''
+    if "direction" in objectives:
+        reversed_too = torch.cat([video, video.flip(1)])
+        text = model.embed_text(batch["text_ids"]).repeat(2, 1, 1)
+        pooled = model.fuse(reversed_too, text, batch["text_mask"].repeat(2, 1)).pooled
+        labels = torch.arange(2 * B, device=video.device) // B
+        scores["direction"] = Scores(model.vtm_head(pooled), labels)
+    return scores, vtm_features
+'''
+
+
+def test_a_new_objective_is_logged_and_scored(clips, tmp_path):
+    """Written into a copy of allinone.py in the two places that its comments name."""
+    for name in ("data.py", "eval.py", "train.py"):
+        shutil.copy(HERE / name, tmp_path)
+    source = (HERE / "allinone.py").read_text()
+    source = source.replace('    "wpa": (),', '    "direction": ("pooler", "vtm_head"),\n'
+                            '    "wpa": (),')
+    source = source.replace("\n    return scores, vtm_features\n", NEW_OBJECTIVE)
+    (tmp_path / "allinone.py").write_text(source)
+    process = subprocess.run(
+        [sys.executable, tmp_path / "train.py", "--data", clips / "train.jsonl", *TINY_RUN,
+         "--steps", "2", "--objectives", "vtm", "direction", "--val", clips / "train.jsonl",
+         "--out", tmp_path / "run"], capture_output=True, text=True)
+    assert re.search(r"step +2 100%  vtm .*  direction \d\.\d\d\d +\d+%", process.stdout), (
+        process.stdout + process.stderr)
+    assert "direction_accuracy" in records(tmp_path / "run")[-1]
+    assert re.search(r"DIRECTION +\d+\.\d +48", process.stdout)
+
+
+# ---- Training: what a GPU needs
+
+class Device(TorchDispatchMode):
+    """A GPU of fake tensors, which hold no numbers. Lists when the host waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+        self.pinned = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = str(function)
+        tensors = [x for x in tree_leaves((args, kwargs))
+                   if isinstance(x, torch.Tensor)]
+        on_device = any(tensor.device.type == "cuda" for tensor in tensors)
+        target = str(kwargs.get("device", ""))
+        if "pin_memory" in name:
+            self.pinned.append(args[0])
+            return args[0]
+        if on_device and target == "cpu":
+            self.events.append("wait")
+            with unset_fake_temporarily():
+                return torch.zeros(args[0].shape)              # the host goes on with zeros
+        if not on_device and not target.startswith("cuda"):    # of the host alone
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        if "_local_scalar_dense" in name or "nonzero" in name:
+            self.events.append("wait")
+        if tensors and not on_device:                          # a copy to the device
+            is_pinned = any(tensors[0] is tensor for tensor in self.pinned)
+            self.events.append("copy" if is_pinned and kwargs.get("non_blocking") else "wait")
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("flags", [[], ["--objectives", "vtm", "mlm", "wpa"]])
+def test_a_step_waits_once_for_the_gpu(flags, trainer, monkeypatch):
+    """And only after the next step's clips are on their way."""
+    one = trainer("--batch_per_gpu", 4, "--steps", 3, *flags)
+    device = Device()
+    one.device = torch.device("cuda")
+    one.run.is_main = False                                    # writes nothing
+    fetch = one.fetch
+
+    def fetch_and_note(stream):
+        device.events.append("fetch")
+        return fetch(stream)
+
+    def backward(loss):                                        # a real one needs a real GPU
+        device.events.append("backward")
+        for p in one.trained:
+            p.grad = torch.zeros_like(p)
+
+    one.fetch = fetch_and_note
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in one.model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                on_device = torch.empty(p.shape, device="cuda")
+                setattr(module, name, torch.nn.Parameter(on_device, p.requires_grad))
+        one.trained = [p for p in one.model.parameters() if p.requires_grad]
+        one.optimizer = train.make_optimizer(one.model, one.config)
+        one.ddp = one.losses
+        with device:
+            one.train()
+    assert "copy" in device.events
+    events = [event for event in device.events if event != "copy"]
+    assert events == ["fetch"] + 3 * ["backward", "backward", "fetch", "wait"]
+
+
+def test_compiling_breaks_no_graph(trainer):
+    """All objectives in one graph, of any text length from the second length on."""
+    one = trainer("--depth", 1, "--heads", 1)
+    one.losses.objectives = ("vtm", "mlm", "vtc", "rank")
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    one.losses.compile(fullgraph=True, backend=count)
+    counts = []
+    for m, masked, options in ((16, 1, 3), (16, 40, 3), (24, 1, 2), (8, 3, 4)):
+        torch.manual_seed(0)
+        video = torch.randint(256, (4, 3, 3, 32, 32), dtype=torch.uint8)
+        ids = torch.randint(5, one.tokenizer.vocab_size, (4, m))
+        batch = pretraining_batch(video, ids, ids >= 0, one.tokenizer.vocabulary)
+        positions = torch.arange(masked)
+        labels = torch.full((4 * m,), -100)
+        labels[positions] = ids.flatten()[positions]
+        batch["mlm_positions"], batch["mlm_labels"] = masked_positions(labels.view(4, m))
+        batch.update(
+            option_ids=ids[:, None].repeat(1, options, 1), option_mask=torch.ones(4, options) > 0,
+            option_text_mask=torch.ones(4, options, m) > 0, label=torch.zeros(4).long(),
+            manifest_id=torch.zeros(4).long(), source_line=["x"] * 4, unreadable=[])
+        micro_batch = train.to_device(batch, one.losses.objectives, one.device)
+        sum(loss.mean for loss in one.losses(micro_batch.tensors).values()).backward()
+        counts.append(len(graphs))
+    assert counts == [1, 1, 2, 2]
+
+
+def test_the_flag_compiles_the_whole_micro_batch(trainer):
+    assert trainer().losses._compiled_call_impl is None
+    assert trainer("--compile").losses._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_matrix_products_have_the_precision_asked_for(precision, dtype, trainer):
+    one = trainer("--precision", precision)
+    with one.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    assert one.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_a_step_that_overflows_fp16_is_skipped(trainer):
+    one = trainer("--precision", "fp16")
+    one.check_finite({}, math.inf, [])                         # the scaler skips the step
+    one.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(ValueError, match="grad_norm not finite"):
+        one.check_finite({}, math.inf, [])
+
+
+@pytest.mark.parametrize("name, tera", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250),
+    ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA of tomorrow", 0)])
+def test_known_gpus_have_their_peak(name, tera):
+    assert train.peak_flops(name) == tera * 1e12
+
+
+def test_flops_of_a_step_count_all_micro_batches(trainer):
+    counts = []
+    for size in (8, 4):
+        one = trainer("--batch_per_gpu", size, "--steps", 1)
+        one.progress.peak = 1e12                               # as if the device were known
+        one.train()
+        counts.append(one.progress.flops)
+        assert records(one.run.folder)[-1]["mfu"] > 0
+        shutil.rmtree(one.run.folder)
+    assert counts[0] > 0
+    assert counts[0] == pytest.approx(counts[1], rel=0.02)
+
+
+# ---- Training: log, progress, validation
+
+@pytest.fixture(scope="session")
+def long_run(clips, tmp_path_factory) -> Path:
+    """A run of 40 steps that logs each of them."""
+    out = tmp_path_factory.mktemp("long") / "run"
+    pretrain(clips, out, "--steps", 40)
+    return out
+
+
+@pytest.mark.parametrize("stops", [0, 2])                      # within the window of 4 steps
+def test_a_line_means_the_steps_since_the_last(stops, long_run, trainer):
+    for _ in range(stops):
+        one = trainer("--steps", 40, "--log_every", 4)
+        one.run.terminated = True                              # stops after one more step
+        assert not one.train()
+    one = trainer("--steps", 40, "--log_every", 4)
+    assert one.run.state["step"] == stops
+    assert one.train()
+    steps = records(long_run)
+    lines = records(one.run.folder)
+    assert [line["step"] for line in lines] == list(range(4, 41, 4))
+    for k, line in enumerate(lines):
+        for name in ("vtm", "vtm_accuracy", "grad_norm"):
+            values = [step[name] for step in steps[4 * k:4 * k + 4]]
+            assert line[name] == pytest.approx(sum(values) / 4), name
+
+
+WORST = {"lr": 1e-4, "vtm": 123.4, "vtm_accuracy": 1.0, "mlm": 10.32, "mlm_accuracy": 0.0712,
+         "vtc": 5.123, "vtc_accuracy": 0.5, "wpa": -0.123, "grad_norm": 1.0}
+SPEED = {"clips_per_s": 12345.6, "data_wait": 0.0, "memory_gb": 70.0, "unreadable": 0,
+         "eta_s": 360_000}
+
+
+def test_a_progress_line_fits_100_columns():
+    line = train.progress_line(199_950, 200_000, WORST, {**SPEED, "mfu": 0.41, "unreadable": 12})
+    assert len(line) <= 100
+    assert "wpa" in line and "100 h left" in line
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (3, "3 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"),
+    (360_000, "100 h")])
+def test_times_left_have_one_width(seconds, text):
+    assert train.duration(seconds) == text.rjust(7)
+
+
+def test_progress_numbers_keep_their_columns():
+    early = train.progress_line(50, 200_000, {**WORST, "mlm": 0.004, "vtm": 1.5}, SPEED)
+    late = train.progress_line(199_950, 200_000, {**WORST, "vtm_accuracy": 0.01}, SPEED)
+    for name in ("vtm", "mlm", "vtc", "wpa", "clips/s", "left"):
+        assert early.index(name) == late.index(name), name
+
+
+def test_zero_and_unknown_are_not_printed():
+    line = train.progress_line(10, 10, {"lr": 0.1, "mlm": 1.0}, {**SPEED, "eta_s": 0})
+    assert line == "step 10 100%  mlm 1.000  12346 clips/s"
+
+
+def test_unreadable_clips_and_mfu_are_printed():
+    line = train.progress_line(10, 10, {"lr": 0.1}, {**SPEED, "mfu": 0.41, "unreadable": 3})
+    assert line.endswith("left  MFU 41%  3 unreadable")
+
+
+@pytest.mark.parametrize("steps, lines", [(5, 5), (12, 12), (40, 10)])
+def test_a_run_has_ten_lines_or_more(steps, lines, trainer):
+    one = trainer("--log_every", 50, "--steps", steps)
+    one.train()
+    assert len(records(one.run.folder)) == lines
+
+
+def test_speed_is_in_clips(trainer):
+    one = trainer("--steps", 100)
+    one.run.state["step"] = 20
+    one.progress.start_time -= 10.0                            # 20 steps of 8 clips in 10 s
+    speed = one.progress.speed()
+    assert speed["clips_per_s"] == pytest.approx(16, rel=0.01)
+    assert speed["eta_s"] == pytest.approx(40, rel=0.01)
+
+
+def test_samples_show_what_the_model_is_fed(whole_run):
+    image = np.asarray(Image.open(whole_run / "samples.png"))
+    assert image.shape[0] > 8 * 32 and image.std() > 10
+
+
+def test_the_best_has_the_highest_mean_of_manifests(clips, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(absolute(clips / "choice.jsonl")[:3]))
+    pretrain(clips, tmp_path / "run", "--val", clips / "choice.jsonl", few, "--val_every", 1,
+             "--steps", 8, "--lr", 0.02)
+    scores = [line["result"]["order"] for line in lines_of(tmp_path / "run" / "log.jsonl")
+              if "result" in line]
+    means = [(many + few) / 2 for many, few in zip(scores[::2], scores[1::2])]
+    assert len(means) == 8                                     # both, after each step
+    assert len(set(means)) > 1
+    state = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["state"]
+    assert state["best"] == pytest.approx(max(means))
+    assert state["step"] == 1 + means.index(max(means))        # the earliest of the best
+
+
+def test_after_validation_training_goes_on(trainer, clips):
+    one = trainer("--val", clips / "choice.jsonl")
+    start = one.progress.start_time
+    one.validate()
+    assert all(module.training for module in one.model.modules())
+    assert one.progress.start_time > start                     # it is no time of training
+
+
+# ---- Training: runs that stop and go on
 
 LONG = ["--steps", 60 if FULL else 8, "--save_every", 1]
 RUNS = {  # what is killed: its flags
@@ -4252,330 +4938,381 @@ RUNS = {  # what is killed: its flags
 
 @pytest.fixture
 def start(clips, whole_run):
-    def of(task, out, processes):
-        flags = [str(flag).format(clips=clips, whole=whole_run) for flag in RUNS[task] + LONG]
+    """A function that starts one of RUNS in processes of its own."""
+    def start_run(name, out, processes) -> Started:
+        flags = [str(flag).format(clips=clips, whole=whole_run) for flag in RUNS[name] + LONG]
         return Started(f"{out}.txt", "train.py", *flags, "--out", out, processes=processes)
-    return of
+    return start_run
 
 
-@pytest.mark.parametrize("task, processes, kill", [
+@pytest.mark.parametrize("name, processes, kill", [
     ("pretraining", 1, signal.SIGKILL), ("mixture", 2, signal.SIGKILL),
     ("retrieval", 1, signal.SIGKILL), ("pretraining", 2, signal.SIGTERM)])
-def test_a_run_killed_at_random_times_ends_with_the_same_bits(
-        task, processes, kill, start, tmp_path):
+def test_killed_runs_end_with_the_same_bits(name, processes, kill, start, tmp_path):
     """Every other kill falls into a checkpoint write; one rank is hit, the others then stop."""
-    draw, out, kills, in_write, step = random.Random(processes), tmp_path / "run", 0, 0, 0
-    log, partial, printed = out / "log.jsonl", out / "checkpoint.partial", tmp_path / "run.txt"
+    rng = random.Random(processes)
+    out = tmp_path / "run"
+    log = out / "log.jsonl"
+    partial = out / "checkpoint.partial"
+    kills = 0
+    kills_in_write = 0
+    step = 0
     while kills < (20 if FULL else 2):
-        process = start(task, out, processes)             # until a checkpoint or more was written
+        process = start(name, out, processes)             # until a checkpoint or more was written
         while process.running(0.005) and not (
                 log.exists() and f'"step": {step + 2},' in log.read_text()):
             pass
         while kills % 2 and process.running() and not partial.exists():
             pass
-        if process.running((1 - kills % 2) * draw.random() * 0.1):
-            os.kill(draw.choice(process.ranks).pid, kill)
-        code = process.wait(0, kill)
-        if code == 0 and "stopped after step" not in printed.read_text():   # at its end: anew
+        if process.running((1 - kills % 2) * rng.random() * 0.1):
+            os.kill(rng.choice(process.ranks).pid, kill)
+        code = process.wait(0, 143, kill)
+        if code == 0:                                     # it was at its end: begin again
             shutil.rmtree(out)
             step = 0
             continue
-        assert (code == 0) == (kill == signal.SIGTERM)
-        kills, in_write = kills + 1, in_write + partial.exists()
+        assert code == (143 if kill == signal.SIGTERM else kill)
+        kills += 1
+        kills_in_write += partial.exists()
         if (out / "checkpoint.pt").exists():              # never unreadable
             step = torch.load(out / "checkpoint.pt", weights_only=True)["state"]["step"]
-    for folder in out, tmp_path / "unkilled":
-        start(task, folder, processes).wait()
-    assert "resuming" in printed.read_text()
+    resumed = start(name, out, processes)
+    resumed.wait()
+    assert "resuming" in resumed.printed()
+    start(name, tmp_path / "unkilled", processes).wait()
     same_bits(out, tmp_path / "unkilled")
-    print(f"{kills} kills, {in_write} of them during a checkpoint write")
-    assert in_write or not FULL or kill == signal.SIGTERM           # which lets it finish
+    print(f"{kills} kills, {kills_in_write} of them during a checkpoint write")
+    assert kills_in_write or not FULL or kill == signal.SIGTERM           # which lets it finish
 
 
 @pytest.mark.skipif(not FULL, reason="FULL=1 runs it: torchrun starts six processes")
-def test_torchrun_restarts_a_killed_worker_and_the_run_ends_with_the_same_bits(clips, tmp_path):
+def test_torchrun_restarts_a_killed_worker(clips, tmp_path):
     flags = ["--data", f"{clips}/train.jsonl", *TINY_RUN, "--steps", "60", "--save_every", "1"]
-    output, killed = tmp_path / "run.txt", tmp_path / "run"
+    output = tmp_path / "run.txt"
     process = subprocess.Popen([
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        "--max-restarts=2", "train.py", *flags, "--out", killed], cwd=HERE, stdout=output.open("w"))
+        "--max-restarts=2", "train.py", *flags, "--out", tmp_path / "killed"], cwd=HERE,
+        stdout=output.open("w"))
     for step in (4, 12):
-        while not re.search(f"^step {step}/", output.read_text(), re.M):
+        while not re.search(f"^step +{step} ", output.read_text(), re.M):
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait() == 0 and output.read_text().count("resuming") == 2
+    assert process.wait() == 0
+    assert output.read_text().count("resuming") == 2
     Started(output, "train.py", *flags, "--out", tmp_path / "unkilled", processes=2).wait()
-    same_bits(killed, tmp_path / "unkilled")
+    same_bits(tmp_path / "killed", tmp_path / "unkilled")
 
 
-def test_a_run_on_clips_and_images_logs_each_manifests_numbers(start, tmp_path):
-    start("mixture", tmp_path / "run", 2).wait()
-    sets = [line["sets"] for line in lines_of(tmp_path / "run" / "log.jsonl") if "sets" in line]
-    counts = [[numbers["clips"] for numbers in line.values()] for line in sets]
-    assert len(sets) == LONG[1] and min(counts[-1]) > 0
-    assert [sum(line) for line in counts] == [8 * (step + 1) for step in range(len(sets))]
-    assert {Path(name).name for name in sets[-1]} == {"train.jsonl", "images.jsonl"}
-    assert any({"mlm", "vtm", "vtm_accuracy"} <= numbers.keys() for line in sets
-               for numbers in line.values())
+def test_sigterm_saves_and_ends_with_143(clips, tmp_path):
+    """A scheduler must not take a run that was stopped for a run that is complete."""
+    process = Started(tmp_path / "printed", "train.py", "--data", clips / "train.jsonl", *TINY_RUN,
+                      "--steps", 10_000, "--save_every", 10_000, "--out", tmp_path / "run")
+    while not (tmp_path / "run" / "log.jsonl").exists() or len(records(tmp_path / "run")) < 2:
+        time.sleep(0.01)
+    os.kill(process.ranks[0].pid, signal.SIGTERM)
+    assert process.wait(143) == 143
+    content, losses = finished(tmp_path / "run")
+    assert content["state"]["step"] == len(losses) >= 2
+    assert "stopped by SIGTERM; the same command goes on from here" in process.printed()
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(clips, whole_run, tmp_path, monkeypatch):
+def test_a_closed_pipe_ends_no_run(clips, tmp_path):                     # train.py | head -1
+    process = subprocess.Popen(
+        [sys.executable, HERE / "train.py", "--data", clips / "train.jsonl", *TINY_RUN, "--out",
+         tmp_path / "run"], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert finished(tmp_path / "run")[0]["state"]["step"] == 12
+
+
+def test_several_processes_tell_one_error(clips, tmp_path):
+    process = Started(tmp_path / "printed", "train.py", "--data", clips / "gone.jsonl", "--vocab",
+                      "train", "--width", 32, "--heads", 2, "--batch", 4, "--workers", 0, "--out",
+                      tmp_path / "run", processes=2)
+    assert process.wait(1) == 1
+    assert process.printed().count("train.py: ") == 1
+    assert "Traceback" not in process.printed()
+
+
+def test_slurm_without_torchrun_is_refused(clips, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert "torchrun" in pretrain(clips, tmp_path, code=1)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(clips, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     old = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limit[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, hard))
     try:
-        err = pretrain(clips, tmp_path / "run", "--steps", 14, code=1)
+        error = pretrain(clips, tmp_path / "run", "--steps", 14, code=1)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert re.search("checkpoint.pt: cannot save .*; .*checkpoint.pt is whole", err)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search("checkpoint.pt: cannot save .*; .*checkpoint.pt is whole", error)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == old
     assert not (tmp_path / "run" / "checkpoint.partial").exists()
-    synced, fsync = [], os.fsync                          # on the disk before it is renamed
-    monkeypatch.setattr(os, "fsync", lambda file: synced.append(
-        Path(f"/proc/self/fd/{file}").readlink().name) or fsync(file))
-    pretrain(clips, tmp_path / "other", "--steps", 1)
+
+
+def test_a_checkpoint_is_on_disk_before_its_name(clips, tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def note(file):
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    pretrain(clips, tmp_path / "run", "--steps", 1)
     assert synced == ["checkpoint.partial"]
 
 
+def flip_a_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+
+
+def cut_in_half(content: bytes) -> bytes:
+    return content[:len(content) // 2]
+
+
 @pytest.mark.parametrize("damage, message", [
-    (lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:],
-     r"checkpoint.pt: .*the checksum of its part \S+ is wrong"),             # a flipped bit
-    (lambda b: b[:len(b) // 2], "checkpoint.pt: not a file of weights, or damaged")])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
+    (flip_a_bit, r"checkpoint.pt: .*the checksum of its part \S+ is wrong"),
+    (cut_in_half, "checkpoint.pt: .*damaged")])
+def test_a_damaged_checkpoint_gives_way_to_the_previous(
         damage, message, clips, whole_run, tmp_path):
     out = shutil.copytree(whole_run, tmp_path / "run")
-    (out / "checkpoint.pt").write_bytes(damage((out / "checkpoint.pt").read_bytes()))
+    path = out / "checkpoint.pt"
+    path.write_bytes(damage(path.read_bytes()))
     printed = pretrain(clips, out)
     assert re.search(message + ".*; trying the checkpoint before it\n", printed), printed
     assert "at step 10" in printed
     same_bits(out, whole_run)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):   # the damaged one was not kept as it
         torch.load(out / name, weights_only=True)
-    log = out / "log.jsonl"
-    log.write_bytes(b"\xff[1]\n")                         # a damaged log stops no resume
-    assert "at step 12" in pretrain(clips, out, "--steps", 13)
-    assert lines_of(log, first=1)[-1]["step"] == 13
+
+
+def test_two_damaged_checkpoints_stop_a_run(clips, whole_run, tmp_path):
+    out = shutil.copytree(whole_run, tmp_path / "run")
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (out / name).write_bytes(b"damaged")
     assert "no checkpoint of train.py in" in pretrain(clips, out, code=1)
 
 
-def test_a_run_folder_of_another_run_is_refused(clips, whole_run, tmp_path):
-    own, out = shutil.copytree(clips, tmp_path / "clips"), tmp_path / "run"
-    manifest = own / "train.jsonl"
-    lines = manifest.read_text().splitlines(True)
-    vocabulary = torch.load(whole_run / "checkpoint.pt")["tokenizer"]
-    (tmp_path / "tokenizer.json").write_text(vocabulary)
-    flags = ("--vocab", tmp_path / "tokenizer.json")
-    pretrain(own, out, *flags, "--steps", 2)
+def test_a_damaged_log_stops_no_run(clips, whole_run, tmp_path):
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    (out / "log.jsonl").write_bytes(b"\xff[1]\n")
+    pretrain(clips, out, "--steps", 13)
+    assert lines_of(out / "log.jsonl", first=1)[-1]["step"] == 13
+
+
+def test_a_folder_serves_one_run_at_a_time(clips, whole_run, tmp_path):
+    out = shutil.copytree(whole_run, tmp_path / "run")
     with open(out / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process is training into it" in pretrain(own, out, *flags, code=1)
-    for changed, now in (lines[::-1], 24), (lines[:20], 20):
-        manifest.write_text("".join(changed))
-        assert re.search(rf"another run \(\S+ had 24 lines of checksum \w+, now {now} of \w+\)",
-                         pretrain(own, out, *flags, code=1))
-    manifest.write_text("".join(lines))
-    (tmp_path / "tokenizer.json").write_text(Tokenizer.train(WORDS, 99).words.to_str())
-    err = pretrain(own, out, *flags, "--seed", 5, "--warmup", "0.2", code=1)
-    assert "warmup was 0.1, now 0.2; seed was 0, now 5" in err
-    assert "it is past step 1" in pretrain(own, out, *flags, "--steps", 1, code=1)
-    printed = pretrain(own, out, *flags, "--lr", "5e-4", "--steps", 4)
-    assert "from step 3 on: lr was 0.001, now 0.0005" in printed
-    assert finished(out)[0]["tokenizer"] == vocabulary       # the checkpoint's own
+        assert "another process is training into it" in pretrain(clips, out, code=1)
 
 
-@pytest.mark.parametrize("processes, size, objectives", [
-    (1, 8, "vtm mlm"), (2, 16, "vtm mlm vtc")] + [(4, 8, "vtm mlm vtc"), (2, 8, "vtm mlm")] * FULL)
-def test_any_number_of_processes_and_passes_gives_the_same_losses_and_weights(
-        processes, size, objectives, clips, tmp_path):
-    """VTM's pairs and MLM's divisor belong to the whole batch, VTC's negatives to all processes."""
-    flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--lr", 1e-4, "--dropout", 0,
-             "--drop_path", 0, "--steps", 50 if FULL else 4, "--batch", 32,
-             "--objectives", *objectives.split()]
-    for ranks, most in (1, 32), (processes, size):
-        Started(tmp_path / "said", "train.py", *flags, "--batch_per_gpu", most,
-                "--out", tmp_path / f"{most}", processes=ranks).wait()
-    (first, losses), (second, others) = finished(tmp_path / "32"), finished(tmp_path / f"{size}")
-    assert np.allclose(losses, others, rtol=2e-6, atol=0), np.abs(np.array(losses) / others).max(0)
-    for name, tensor in first["model"].items():
-        other = second["model"][name]
-        if name.endswith("qkv.bias"):    # softmax ignores the keys' bias: Adam scales noise
-            tensor, other = (torch.cat([x[:32], x[64:]]) for x in (tensor, other))
-        assert torch.allclose(tensor, other, atol=5e-6), (name, (tensor - other).abs().max())
+@pytest.mark.parametrize("change, lines", [
+    (lambda lines: lines[::-1], 24), (lambda lines: lines[:20], 20)])
+def test_other_data_are_another_run(change, lines, clips, tmp_path):
+    folder = shutil.copytree(clips, tmp_path / "clips")
+    vocabulary = tmp_path / "tokenizer.json"
+    vocabulary.write_text(Tokenizer.train(["white black ring square"], 99).words.to_str())
+    pretrain(folder, tmp_path / "run", "--vocab", vocabulary, "--steps", 1)
+    manifest = folder / "train.jsonl"
+    manifest.write_text("".join(change(manifest.read_text().splitlines(True))))
+    error = pretrain(folder, tmp_path / "run", "--vocab", vocabulary, "--steps", 1, code=1)
+    message = rf"another run \(\S+ had 24 lines of checksum \w+, now {lines} of \w+\)"
+    assert re.search(message, error)
 
 
-def training_batch(config, B=4, m=8):
-    """A pass as data.collate makes it: random pixels and text, two words masked a clip."""
-    torch.manual_seed(m)
-    size = config.image_size
-    ids = torch.randint(5, config.vocab_size, (B, m))
-    where = (torch.rand(B, m).topk(2).indices + m * torch.arange(B)[:, None]).flatten()
-    return {"video": torch.randint(256, (B, config.frames, 3, size, size), dtype=torch.uint8),
-            "text_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool), "mlm_ids": ids,
-            "mlm_where": F.pad(where, (0, 2)),
-            "mlm_labels": F.pad(ids.flatten()[where], (0, 2), value=-100),
-            "where": ["x"] * B, "label": torch.zeros(B), "set": torch.zeros(B),
-            "vtm_source": torch.arange(B).roll(1), "vtm_labels": torch.arange(B) % 2}
+def test_a_vocabulary_is_the_checkpoints(clips, tmp_path):
+    vocabulary = tmp_path / "tokenizer.json"
+    vocabulary.write_text(Tokenizer.train(["white black ring square"], 99).words.to_str())
+    pretrain(clips, tmp_path / "run", "--vocab", vocabulary, "--steps", 1)
+    before = finished(tmp_path / "run")[0]["tokenizer"]
+    vocabulary.write_text(Tokenizer.train(["other words"], 99).words.to_str())
+    pretrain(clips, tmp_path / "run", "--vocab", vocabulary, "--steps", 2)
+    assert finished(tmp_path / "run")[0]["tokenizer"] == before
 
 
-@pytest.fixture
-def trainer(clips, tmp_path):
-    def of(*flags):
-        flags = ["--data", clips / "train.jsonl", *TINY_RUN, "--out", tmp_path / "run", *flags]
-        return train.Trainer(*train.configure(list(map(str, flags))), torch.device("cpu"))
+def test_a_checkpoint_past_the_end_is_refused(clips, whole_run, tmp_path):
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    assert "it is past step 1" in pretrain(clips, out, "--steps", 1, code=1)
+
+
+def other_value(value, kind: str):
+    """Another value of a flag."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, tuple):
+        return (*value, "x")
+    return "another " + kind
+
+
+MAY_CHANGE = {"out", "val", "val_every", "workers", "log_every", "save_every", "timeout", "epochs",
+              "lr", "steps"}
+
+
+@pytest.fixture(scope="module")
+def description(clips, tmp_path_factory):
+    """A function of (config, overrides, layout) that describes a run."""
+    out = tmp_path_factory.mktemp("described")
+    flags = ["--data", str(clips / "train.jsonl"), *TINY_RUN, "--out", str(out)]
+    config, fields, overrides = train.configure(flags)
     with eval.joined_processes():
-        yield of
+        one = train.Trainer(config, fields, overrides, torch.device("cpu"))
+
+        def describe(config=config, overrides=overrides, layout=one.layout) -> dict:
+            content = train.describe(config, overrides, layout, config.steps, one.model,
+                                     one.tokenizer, None, one.clips.manifest)
+            return json.loads(json.dumps({**content, "state": {"step": 0}}))
+    return one.run, config, overrides, describe
 
 
-def test_a_step_has_the_gradient_of_two_plain_joint_passes_and_a_tenth_of_alignment(trainer):
-    one = trainer("--objectives", "vtm", "mlm", "wpa", "--dropout", 0, "--drop_path", 0)
-    one.batch, batch, model = 4, training_batch(one.model.config), one.model
-    words = model.mlm_head(model(batch["video"], batch["mlm_ids"]).text).flatten(0, 1)
-    loss = F.cross_entropy(words[batch["mlm_where"]], batch["mlm_labels"])
-    features = model(batch["video"][batch["vtm_source"]], batch["text_ids"])
-    loss += F.cross_entropy(model.vtm_head(features.pooled), batch["vtm_labels"])
-    distance, _ = word_patch_transport(features.text, features.video[:, 1:], batch["text_mask"])
-    loss += 0.1 * (distance * (2 * batch["vtm_labels"] - 1)).mean()      # release: pulls, pushes
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
-    one.gradients([batch], 0)
-    for p, gradient in zip(parameters, expected):
-        assert gradient is None or torch.allclose(p.grad, gradient, atol=1e-6)
+@pytest.mark.parametrize("name", [name for name in train.TrainConfig.__dataclass_fields__
+                                  if name not in ("steps", "batch_per_gpu", "batch")])
+def test_flags_of_another_run_are_refused(name, description):
+    run_folder, config, _, describe = description
+    changed = replace(config, **{name: other_value(getattr(config, name), name)})
+    if name in MAY_CHANGE:
+        run_folder.compare(describe(), describe(changed))
+        return
+    with pytest.raises(DataError, match=rf"another run \({name} was "):
+        run_folder.compare(describe(), describe(changed))
 
 
-def test_every_step_process_and_pass_draws_its_own_dropout(trainer):
-    one, losses = trainer(), []
-    one.ddp.register_forward_hook(lambda _, args, parts: losses.append(parts["mlm"][0].item()))
-    for step, rank in [(0, 0), (1, 0), (0, 1), (0, 0)]:
-        one.rank = rank
-        one.gradients([training_batch(one.model.config)] * 2, step)
-    assert len(set(losses)) == 6 and losses[:2] == losses[6:]
+@pytest.mark.parametrize("name", Config.__dataclass_fields__)
+def test_another_model_is_another_run(name, description):
+    run_folder, _, overrides, describe = description
+    value = overrides.get(name, getattr(Config, name))
+    changed = {**overrides, name: other_value(value, name)}
+    with pytest.raises(DataError, match=rf"another run \({name} was "):
+        run_folder.compare(describe(), describe(overrides=changed))
 
 
-def test_the_optimizer_takes_each_parameter_as_the_flags_say(trainer, clips):
-    one = trainer("--task", "qa", "--data", clips / "qa.jsonl", "--head_lr", 10, "--beta2", 0.9,
-                  "--depth", 11, "--freeze", "blocks.1", "patch_embed", "--precision", "fp16")
-    one.set_lr(0)
-    base, names = train.lr_at(0, one.steps, 1e-3, 0.1), {p: name for name, p in
-                                                         one.model.named_parameters()}
-    for group in one.optimizer.param_groups:
-        assert group["betas"] == (0.9, 0.9)
-        for p in group["params"]:
-            name = names.pop(p)
-            assert group["weight_decay"] == (1e-2 if p.ndim > 1 else 0), name     # no bias
-            assert group["lr"] == pytest.approx(base * (10 if "answer_head" in name else 1)), name
-    still = {".".join(name.split(".")[:2]) for name in names.values()}            # not blocks.10
-    assert {"blocks.1", "patch_embed.proj"} <= still and "blocks.10" not in still
-    parts = {"grad_norm": torch.tensor([[torch.inf, 1]])}
-    one.check_finite(parts, [], 0)                # fp16: the scaler's business, it skips the step
-    one.scaler = torch.amp.GradScaler("cpu", enabled=False)
-    with pytest.raises(ValueError, match="grad_norm not finite"):
-        one.check_finite(parts, [], 0)
+@pytest.mark.parametrize("name", sorted(set(Config.__dataclass_fields__) - {
+    "vocab_size", "answers"}))
+def test_flags_of_the_model_are_overrides(name):
+    value = getattr(Config, name)
+    flags = [f"--{name}", str(value)]
+    if isinstance(value, bool):
+        flags = [f"--{name}" if value else f"--no-{name}"]
+    _, _, overrides = train.configure(["--data", "x", *flags])
+    assert overrides == {name: value}
 
 
-def test_compiling_breaks_no_graph_and_stops_at_the_second_text_length():
-    model = build(depth=1, dropout=0.1, drop_path=0.1, max_text_len=40).train()
-    objectives, graphs = train.Objectives(model, ("vtm", "mlm")), []
-    torch._dynamo.reset()
-    model.transform = torch.compile(model.transform, fullgraph=True, backend=lambda graph, _: (
-        graphs.append(graph), graph.forward)[1])          # counts what is given to be compiled
-    seen = []
-    for m in (16, 24, 8):
-        objectives(training_batch(model.config, m=m))["vtm"][0].backward()
-        seen.append(len(graphs))
-    assert seen == [1, 2, 2]                              # then text of any length
+def test_another_batch_is_another_run(description):
+    run_folder, _, _, describe = description
+    with pytest.raises(DataError, match="batch was 8, now 16"):
+        run_folder.compare(describe(), describe(layout=train.Layout(16, 8, 2)))
+    run_folder.compare(describe(), describe(layout=train.Layout(8, 4, 2)))
 
 
-def test_a_stopped_extraction_goes_on_and_each_pass_of_a_probe_reads_one_manifest(
-        trainer, clips, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eval.Scorer, "CHUNK", 4)
-    images = tmp_path / "images.jsonl"
-    flags = ("--task", "probe", "--data", clips / "qa.jsonl", images, "--mix", 1, 3, "--batch", 2)
-    lines = [{"video": f"{clips}/{i}.png", "answer": "still"} for i in range(3)]
-    images.write_text(json_lines(*lines[:2], {**lines[2], "video": f"{clips}/2.mp4"}))
-    with pytest.raises(DataError, match="images and clips in one"):           # in the third chunk
-        trainer(*flags)
-    images.write_text(json_lines(*lines))
-    one = trainer(*flags)
-    assert "features of 2 clips;" in capsys.readouterr().out
-    sets = [batch["set"].tolist() for batch in one.stream()]
-    assert one.sizes == [7, 3] and sets.count([1, 1]) == 9 and sets.count([0, 0]) == 3
-    both = Manifest([clips / "qa.jsonl", images])
-    samples = Clips(both, one.tokenizer, "probe", 3, 32, 40, train=False)
-    for i, (found, line) in enumerate(zip(one.clips, both, strict=True)):
-        feature = one.model.eval().encode_video(samples[i, i]["video"][None])[0, 0]
-        assert torch.allclose(found["feature"], feature, atol=1e-4)
-        assert (one.answers[found["label"]], found["where"]) == (line["answer"], line["where"])
+def test_changes_are_said_when_a_run_goes_on(clips, whole_run, tmp_path):
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    printed = pretrain(clips, out, "--lr", "5e-4", "--steps", 13)
+    assert "from step 13 on: lr was 0.001, now 0.0005" in printed
+    assert "from step 13 on: steps was 12, now 13" in printed
 
 
-def test_any_batch_is_cut_into_the_fewest_equal_passes():
-    def cut(batch, most, world=1):
-        return train.split_batch(train.TrainConfig(batch=batch, batch_per_gpu=most), world)
-    assert cut(64, 16) == (64, 16, 4) and cut(24, 16) == (24, 8, 3) and cut(9, 4) == (9, 3, 3)
-    assert cut(64, 16, world=4) == (64, 16, 1) and cut(0, 16, world=4) == (64, 16, 1)
-    with pytest.raises(DataError, match="34 on 2 processes makes passes of 1 clip"):
-        cut(34, 16, world=2)                               # VTM would see matched pairs only
-    with pytest.raises(DataError, match="10 does not divide among 4 processes"):
-        cut(10, 16, world=4)
+# ---- Training: data that are not as expected
+
+def test_a_mixture_logs_each_manifests_numbers(start, tmp_path):
+    start("mixture", tmp_path / "run", 2).wait()
+    rows = [record["manifests"] for record in records(tmp_path / "run")]
+    assert {Path(name).name for name in rows[-1]} == {"train.jsonl", "images.jsonl"}
+    clips_read = [[numbers["clips"] for numbers in row.values()] for row in rows]
+    assert [sum(line) for line in clips_read] == [8 * (step + 1) for step in range(LONG[1])]
+    assert min(clips_read[-1]) > 0
+    for row in rows:
+        for numbers in row.values():
+            assert ("mlm" in numbers) == ("vtm" in numbers) == ("vtm_accuracy" in numbers)
 
 
-def test_a_non_finite_loss_stops_before_the_step_and_names_the_samples(clips, tmp_path):
-    err = pretrain(clips, tmp_path / "run", "--lr", "1e38", "--save_every", "1", code=1)
-    assert re.search(r"step \d+: .*(mlm|vtm|grad_norm).* not finite", err) and "train.jsonl:" in err
+def test_a_loss_that_is_not_finite_stops(clips, tmp_path):
+    error = pretrain(clips, tmp_path / "run", "--lr", "1e38", "--save_every", 1, code=1)
+    assert re.search(r"step \d+: .*(mlm|vtm|grad_norm).* not finite", error)
+    assert "train.jsonl:" in error                             # the samples
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["state"]["step"] == int(re.search(r"step (\d+):", err)[1])
+    assert saved["state"]["step"] == int(re.search(r"step (\d+):", error)[1])
 
 
-def test_training_stops_where_more_than_1_clip_in_10_cannot_be_read(clips, whole_run, tmp_path):
+def test_too_many_unreadable_clips_stop(clips, whole_run, tmp_path):
     lines = absolute(clips / "choice.jsonl")[:8]
     lines[3] = lines[3].replace("3.mp4", "absent.mp4")                       # 1 in 9 visits fails
     (tmp_path / "choice.jsonl").write_text("".join(lines))
-    err = fine_tune("choice", tmp_path / "choice.jsonl", tmp_path / "run", whole_run,
-                    "--steps", 50, code=1)
-    assert "11 of 103 clips cannot be read, above 1 in 10" in err
-    assert re.search(r"choice.jsonl:4: \S+absent.mp4: no such file", err)
+    error = fine_tune("choice", tmp_path / "choice.jsonl", tmp_path / "run", whole_run,
+                      "--steps", 50, code=1)
+    assert "11 of 103 clips cannot be read, above 1 in 10" in error
+    assert re.search(r"choice.jsonl:4: \S+absent.mp4: no such file", error)
+    assert "data.py check" in error and ".clean.jsonl" in error
     log = lines_of(tmp_path / "run" / "log.jsonl")
     named = [len(line["unreadable"]) for line in log if isinstance(line.get("unreadable"), list)]
-    assert sum(named) == next(line["unreadable"] for line in log[::-1] if "lr" in line) == 11
+    assert sum(named) == 11
+    assert records(tmp_path / "run")[-1]["unreadable"] == 11
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--task pretrane", "invalid choice: 'pretrane'"),
-    ("--task pretrain --widht 3", "unrecognized arguments: --widht"),
-    ("--temporal rolling", "invalid choice: 'rolling'"), ("--data absent.jsonl", "absent.jsonl"),
-    ("--objectives vtx", "--objectives vtx: those of --task pretrain are vtm, mlm"),
-    ("--objectives wpa", "wpa needs vtm"),
-    ("--data a --val b/x_test.clean.jsonl --val_every 5", "the validation"),
-    ("--data a --val latest.jsonl --val_every 5", "a: no such manifest"),
-    ("--log_every 0", "must be 1 or more"), ("--batch -4", "must be 0 or more"),
-    ("--steps 6 --epochs 1", "how long is said twice"),
-    ("--task probe --data {clips}/unread.jsonl --vocab train --workers 0",
-     "no clip of a manifest can be read: "),
-    ("--task qa --data {clips}/misspelt.jsonl --vocab train", 'no line has an "answer"'),
-    ("--val_every 5 --data a", "--val_every needs --val"),
-    ("--compile", "cannot compile without a C++ compiler"),
-    ("--data {clips}/train.jsonl --vocab train --freeze blocks.99",
-     "--freeze blocks.99: no such part; there are cls_token"),
-    ("--task choice --data {clips}/no_answer.jsonl --vocab train --workers 0",
-     '"answer" is None; expected an index into the 2 options'),
-    ("--data {clips}/train.jsonl --init absent.pth", "absent.pth: no such file"),
-    ("--data {clips}/train.jsonl --vocab absent.txt", "local vocab.txt"),
-    ("--data {clips}/choice.jsonl --vocab train --workers 0", "choice.jsonl:"),
-    ("--data {clips}/train.jsonl --vocab train --val absent.jsonl", "absent.jsonl: no such"),
-    ("--data {clips}/gone.jsonl --vocab train --workers 0", "1 clips in a row cannot be read"),
-    ("--data {clips}/choice.jsonl --vocab train --task choice --val {clips}/no_answer.jsonl",
-     '"answer" is None; expected an index into the 2 options')])
-def test_wrong_flags_and_files_say_in_one_line_what_to_do(
-        flags, message, clips, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")                       # no compiler there
-    code = 2 if "invalid" in message or "unrecognized" in message else 1
-    err = run(train, *flags.format(clips=clips).split(), "--width", 32, "--depth", 1, "--heads", 2,
-              "--out", tmp_path / "run", code=code)
-    assert message in err and (code == 2 or err.count("\n") == 1)
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()                 # before the first step
+def test_words_that_a_checkpoint_lacks_are_said(clips, whole_run, tmp_path):
+    lines = [json.loads(line) for line in absolute(clips / "train.jsonl")]
+    lines[0]["text"] = "a dog runs"
+    (tmp_path / "m.jsonl").write_text(json_lines(*lines))
+    printed = fine_tune("pretrain", tmp_path / "m.jsonl", tmp_path / "run", whole_run)
+    tokens = finished(whole_run)[0]["sizes"]["vocab_size"]
+    assert (f"has {tokens} tokens; it spells or does not know 2 words of the data, such as: dog, "
+            "runs") in printed
+
+
+# ---- Training: the linear probe (Tab. 12, App. D.1)
+
+@pytest.fixture
+def mixed_probe(clips, whole_run, tmp_path, monkeypatch):
+    """A function that trains a probe on 7 clips and 3 images, four clips encoded at a time."""
+    monkeypatch.setattr(eval.Scorer, "CHUNK", 4)
+
+    def train_probe(*videos, code=0) -> str:
+        lines = [{"video": f"{clips}/{video}", "answer": "still"} for video in videos]
+        (tmp_path / "images.jsonl").write_text(json_lines(*lines))
+        return run(train, "--task", "probe", "--init", whole_run / "checkpoint.pt", "--data",
+                   clips / "qa.jsonl", tmp_path / "images.jsonl", "--mix", 1, 3, "--batch", 2,
+                   "--steps", 12, "--workers", 0, "--log_every", 1, "--out", tmp_path / "run",
+                   code=code)
+    return train_probe
+
+
+def test_a_stopped_extraction_goes_on(mixed_probe):
+    assert "images and clips in one" in mixed_probe("0.png", "1.png", "2.mp4", code=1)
+    assert "features of 2 clips" in mixed_probe("0.png", "1.png", "2.png")
+
+
+def test_each_micro_batch_of_a_probe_reads_one_manifest(mixed_probe, tmp_path):
+    mixed_probe("0.png", "1.png", "2.png")
+    steps = collections.Counter()
+    for record in records(tmp_path / "run"):
+        (name,) = [Path(name).name for name, row in record["manifests"].items() if "probe" in row]
+        steps[name] += 1
+    assert steps == {"images.jsonl": 9, "qa.jsonl": 3}                       # --mix 1 3
+
+
+def test_a_probe_follows_the_plain_loss(clips, whole_run, tmp_path):
+    fine_tune("probe", clips / "qa.jsonl", tmp_path, whole_run, "--steps", 1, "--lr", 0,
+              "--batch", 7)
+    content, _ = finished(tmp_path)
+    model, tokenizer, answers = eval.load_checkpoint(content, tmp_path)
+    samples = Clips(Manifest(clips / "qa.jsonl"), tokenizer, "probe", 3, 32, 40, train=False,
+                    answers=answers)
+    items = [samples[i, i] for i in range(7)]
+    video = torch.stack([item["video"] for item in items])
+    labels = torch.tensor([item["label"] for item in items])
+    scores = model.answer_head(model.eval().encode_video(video)[:, 0])
+    parameters = list(model.answer_head.parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(scores, labels), parameters)
+    for i, gradient in enumerate(gradients):
+        close(content["optimizer"]["state"][i]["exp_avg"], 0.1 * gradient)   # AdamW: beta1 0.9
 
 
 # ---- Downstream tasks (Sec. 4.2) ----------------------------------------------------------------

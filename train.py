@@ -299,6 +299,7 @@ class Run:
         self.log = {"bytes": 0, "curve": []}     # length of log.jsonl, and its losses
         self.content = None
         self.readable = None                     # newest checkpoint that can be read
+        self.unreadable = []                     # clips that the latest such step could not read
         self.terminated = False                  # SIGTERM has come
         self.parent = os.getppid()
         if self.is_main:
@@ -447,12 +448,13 @@ class Run:
         """
         self.state["clips"] += read
         if unreadable:
+            self.unreadable = unreadable
             self.write(unreadable=unreadable)
         good, bad = self.state["clips"].sum(0).tolist()
         if good + bad >= 100 and bad > (good + bad) / 10:
             raise ValueError(
                 f"{bad:.0f} of {good + bad:.0f} clips cannot be read, above 1 in 10, such as "
-                f"{'; '.join(unreadable[-3:])}. `python data.py check MANIFEST` names them all and "
+                f"{'; '.join(self.unreadable[-3:])}. `python data.py check MANIFEST` names them all and "
                 "writes MANIFEST.clean.jsonl, to train on instead")
 
 
@@ -583,7 +585,9 @@ def split_batch(config: TrainConfig, samples: int, world: int) -> Layout:
     recipe = recipe_of(config.task, config.recipe)
     batch = config.batch or recipe.get("batch") or config.batch_per_gpu * world
     if samples < batch and not config.batch:
-        unit = 8 * world if samples >= 8 * world else world
+        unit = 2 * world if "vtm" in config.objectives else world
+        if samples >= 8 * world:
+            unit = 8 * world
         fewer = max(samples // unit, 1) * unit
         print_main(f"{samples} samples are less than the recipe's batch of {batch}: a step has "
                    f"{fewer} clips")
@@ -838,16 +842,23 @@ def progress_line(step: int, steps: int, record: dict, speed: dict) -> str:
     rate = speed["clips_per_s"]
     parts.append(f"{rate:5.0f} clips/s" if rate >= 10 else f"{rate:5.2f} clips/s")
     if speed["eta_s"] >= 1:
-        minutes, seconds = divmod(round(speed["eta_s"]), 60)
-        hours, minutes = divmod(minutes, 60)
-        parts.append(f"{hours}:{minutes:02}:{seconds:02} left")
+        parts.append(f"{duration(speed['eta_s'])} left")
     if speed.get("mfu"):
         parts.append(f"MFU {speed['mfu']:.0%}")
     if speed["unreadable"]:
         parts.append(f"{speed['unreadable']} unreadable")
-    while len("  ".join(parts)) > 100:
+    while len(" ".join(parts)) > 100:
         parts.pop()
-    return "  ".join(parts)
+    line = "  ".join(parts)
+    return line if len(line) <= 100 else " ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A time in its largest unit of which there are two or more, in seven characters."""
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}".rjust(7)
+    return f"{seconds:.0f} s".rjust(7)
 
 
 def short(value: float) -> str:
@@ -1050,10 +1061,12 @@ class Trainer:
             if run.is_due(config.save_every) or step + 1 == self.steps or stop:
                 run.save()
             if stop:
-                return False
+                break
         signal.signal(signal.SIGTERM, signal.SIG_DFL)          # all is saved: stop at once
-        self.validate()
-        return True
+        is_complete = run.state["step"] == self.steps
+        if is_complete:
+            self.validate()
+        return is_complete
 
     def items_of_step(self, micro_batches: list[MicroBatch]) -> dict[str, Tensor]:
         """How many items, on all processes, each loss of a step is the mean of. On the device."""
@@ -1085,7 +1098,7 @@ class Trainer:
             path = self.clips.manifest.names[manifest]
             raise DataError(
                 f"{', '.join(names[:5])}: no part in the losses of {path}, but each micro-batch "
-                "must give all trained parameters a gradient, since processes wait for all of them. "
+                "must give all trained parameters a gradient: processes wait for all of them. "
                 "Where something does not apply, such as a temporal mixing to images (S = 1), "
                 "multiply it by 0 instead of leaving it out, as AllInOne.embed_video does with "
                 "temporal_embed; or name it after --freeze")
@@ -1241,10 +1254,12 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
         if run.is_due(config.save_every) or step + 1 == steps or stop:
             run.save()
         if stop:
-            return False
+            break
     signal.signal(signal.SIGTERM, signal.SIG_DFL)              # all is saved: stop at once
-    validate(progress, config, configs, model, tokenizer, answers, device)
-    return True
+    is_complete = run.state["step"] == steps
+    if is_complete:
+        validate(progress, config, configs, model, tokenizer, answers, device)
+    return is_complete
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1267,8 +1282,8 @@ def main(argv: list[str] | None = None) -> None:
     SIGTERM ended, so that schedulers and `&&` do not take the run for complete. torchrun itself
     ends with 1 then.
     """
-    config, model_fields, overrides = configure(argv)
-    with joined_processes() as device:
+    with joined_processes() as device:         # of whose errors one process tells
+        config, model_fields, overrides = configure(argv)
         if device.type == "cpu":               # leave the reading processes their cores
             torch.set_num_threads(max(1, torch.get_num_threads() - config.workers))
         write_toy_clips(config)
