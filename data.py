@@ -1037,6 +1037,7 @@ PLANNED_CODECS = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "m
 # Of these codecs the header of a frame tells whether another one refers to it.
 SKIPPABLE_CODECS = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
 MAX_PAUSE = 3600.0      # seconds between frames; a longer one is a clock that was set anew
+MAX_TIME = 2 ** 60      # ticks of a time base: longer than any film, within FFmpeg's 64 bits
 MAX_PROPORTION = 20     # of the longer side of a frame to the shorter, where proportions are kept
 # (a, b, c, d) of each EXIF orientation 1 to 8, with the meaning that display_matrix states.
 EXIF_ORIENTATIONS = {1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
@@ -1249,9 +1250,9 @@ def scaled_size(source: Source, frame: av.VideoFrame, matrix: tuple[int, int, in
     if short is None:
         return height, width
     if max(height, width) > MAX_PROPORTION * min(height, width):
-        raise Unreadable(f"{source}: frames of {width} x {height} pixels; expected a longer side of "
-                         f"at most {MAX_PROPORTION} times the shorter; crop it, or scale it whole "
-                         "(--resize release)")
+        raise Unreadable(f"{source}: frames of {width} x {height} pixels; expected a longer side "
+                         f"of at most {MAX_PROPORTION} times the shorter; crop it, or scale it "
+                         "whole (--resize release)")
     scale = short / min(height, width)
     return round(height * scale), round(width * scale)
 
@@ -1487,38 +1488,31 @@ class PlannedDecode:
     def __init__(self, source: Source, container: av.container.InputContainer,
                  stream: av.VideoStream, start: float | None, end: float | None):
         self.path, self.container, self.stream = source, container, stream
-        tick, index = float(stream.time_base), stream.index_entries
-        whole = start is None and end is None
-        if len(index) > 0 and index[-1].pos + index[-1].size > source.size:
-            raise Unreadable(f"{source}: the file is truncated; fetch or encode it again")
-        if stream.start_time is None and not whole:
-            raise Doubtful(f"{source}: does not say when it begins")
-        origin = stream.start_time or 0
-
-        sought = start is not None and len(index) > 0
-        if sought:
-            low = max(origin + int(start / tick), origin)
-            container.seek(low, stream=stream)
-        high = None if end is None else origin + end / tick
-        headers, ends = read_headers(container, stream, high)
-        if whole and is_cut_off(container, stream, headers, ends):
-            raise Unreadable(f"{source}: the file is truncated or damaged; fetch or encode it again")
+        check_index(source, stream)
+        is_whole = start is None and end is None
+        if is_whole:
+            seek_time = None
+            headers, ends = read_headers(container, stream)
+            if is_cut_off(container, stream, headers, ends):
+                raise Unreadable(f"{source}: the file is truncated or damaged; fetch or encode it "
+                                 "again")
+        else:
+            headers, seek_time = read_window_headers(source, container, stream, start, end)
         check_trust(source, container, stream, headers)
 
         self.pts = sorted(header.pts for header in headers if not header.is_hidden)
         self.keys = [header.pts for header in headers if header.is_key]
-        if whole and self.pts:
-            origin = self.pts[0]
-        if not sought:
-            low = origin
-        if not self.pts or not self.keys or self.keys[0] > low:
+        if not self.pts or not self.keys:
+            raise Doubtful(f"{source}: has no keyframe there")
+        origin = self.pts[0] if seek_time is None else stream.start_time    # the clip's 0 seconds
+        if self.keys[0] > (origin if seek_time is None else seek_time):
             raise Doubtful(f"{source}: its first frames follow no keyframe")
-        if not sought and self.pts[0] != origin:
+        if not is_whole and origin != stream.start_time:
             raise Doubtful(f"{source}: begins at another time than it says")
-        numerator, denominator = stream.time_base.numerator, stream.time_base.denominator
-        self.seconds = [(time - origin) * numerator / denominator for time in self.pts]
+        tick = stream.time_base
+        self.seconds = [(time - origin) * tick.numerator / tick.denominator for time in self.pts]
         last = max(headers, key=lambda header: header.pts)
-        self.lasts = self.seconds[-1] + last.duration * tick
+        self.lasts = self.seconds[-1] + last.duration * float(tick)
 
     def source(self, number: int) -> Source:
         return self.path
@@ -1585,8 +1579,33 @@ class Header(NamedTuple):
     is_corrupt: bool
 
 
+def check_index(source: Source, stream: av.VideoStream) -> None:
+    """Unreadable if the container's index of its packets goes on after the end of the file."""
+    index = stream.index_entries
+    if len(index) > 0 and index[-1].pos + index[-1].size > source.size:
+        raise Unreadable(f"{source}: the file is truncated; fetch or encode it again")
+
+
+def read_window_headers(source: Source, container: av.container.InputContainer,
+                        stream: av.VideoStream, start: float | None, end: float | None,
+                        ) -> tuple[list[Header], int | None]:
+    """The headers of the packets from the last keyframe before `start` seconds to `end`, and the
+    time of the seek that found it: None where the packets are read from the first one on, because
+    the container has no index."""
+    begin, tick = stream.start_time, float(stream.time_base)
+    if begin is None:
+        raise Doubtful(f"{source}: does not say when it begins")
+    seek_time = None
+    if start is not None and len(stream.index_entries) > 0:
+        seek_time = begin + min(max(int(start / tick), 0), MAX_TIME)
+        container.seek(seek_time, stream=stream)
+    high = None if end is None else begin + end / tick
+    headers, _ = read_headers(container, stream, high)
+    return headers, seek_time
+
+
 def read_headers(container: av.container.InputContainer, stream: av.VideoStream,
-                 high: float | None) -> tuple[list[Header], float]:
+                 high: float | None = None) -> tuple[list[Header], float]:
     """The headers of a stream's packets, as stored, until all frames shown before time `high` are
     there; and the seconds at which the longest stream of the container ends."""
     headers, ends = [], {}

@@ -1531,7 +1531,8 @@ def test_a_window_holds_the_frames_shown_in_it(kind, start, end, shown, tmp_path
 
 
 @pytest.mark.parametrize("start, end, reason", [
-    (7.0, 9.0, "no frame lies between"), (math.nan, None, '"start" is nan; expected seconds'),
+    (7.0, 9.0, "no frame lies between"), (1e300, None, "no frame lies between"),
+    (math.nan, None, '"start" is nan; expected seconds'),
     (0.0, math.nan, '"end" is nan'), (math.inf, None, "start before the end"),
     (1.0, 0.5, '"start" is 1.0 and its "end" 0.5')])
 def test_a_wrong_window_is_not_the_films_fault(start, end, reason, tmp_path):
@@ -1790,7 +1791,7 @@ def test_a_crop_is_the_same_in_all_frames():
 def test_a_line_of_pixels_is_not_blown_up(resize, refused, tmp_path):
     path = picture(tmp_path / "a.png", (5000, 3))
     if refused:
-        with pytest.raises(Unreadable, match="frames of 5000 x 3 pixels; expected a longer side of"):
+        with pytest.raises(Unreadable, match="frames of 5000 x 3 pixels; expected a longer side"):
             read(path, 224, resize)
     else:
         assert read(path, 224, resize).shape == (3, 224, 224)
