@@ -2304,6 +2304,7 @@ CAPTIONED = [
     ({"a.jpg": "", "a.mp4": "", "a.txt": "x"}, [("a.mp4", "x")]),         # a thumbnail
     ({"a.mp4": "", "a.png": "", "a.txt": "x"}, [("a.mp4", "x")]),
     ({"a.jpg": "", "a.txt": "x"}, [("a.jpg", "x")]),
+    ({"a.heic": "", "a.txt": "x"}, [("a.heic", "x")]),                    # a phone's
     ({"s/a.b.mkv": "", "s/a.b.txt": "x", "s/a.mkv": "", "s/a.txt": "y"},
      [("s/a.b.mkv", "x"), ("s/a.mkv", "y")]),
     ({"a.MP4": "", "a.TXT": "x", "._a.mp4": "", "._a.txt": "\xff"}, [("a.MP4", "x")]),
@@ -2342,7 +2343,7 @@ def test_a_shard_of_captioned_clips_is_a_manifest(files, expected, tmp_path):
     for sample, (name, _) in zip(samples, expected):
         assert sample["video"] == str(shard)
         assert sample["source_line"] == f"{shard}:{name}"
-        assert data.is_image(sample) == name.endswith((".jpg", ".png"))
+        assert data.is_image(sample) == name.endswith((".jpg", ".heic"))
 
 
 def test_clips_without_a_readable_caption_are_counted(tmp_path, capsys):
@@ -2439,6 +2440,24 @@ def test_what_is_no_shard_is_named(content, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(DataError, match="0.tar: is cut off or "):
         Manifest(shard)
+
+
+def test_clips_of_a_shard_equal_those_of_files(tmp_path):
+    (tmp_path / "folder").mkdir()
+    files = {}
+    for name in ("a.mp4", "b.mkv", "c.avi"):
+        codec = "mpeg4" if name == "c.avi" else "libx264"
+        path = film(tmp_path / "folder" / name, f"n=20 codec={codec}")
+        path.with_suffix(".txt").write_text(f"a dog in {name}")
+        for file in (path, path.with_suffix(".txt")):
+            files[file.name] = file.read_bytes()
+    write_shard(tmp_path / "0.tar", files)
+    tokenizer = Tokenizer.train(["a dog"], 50)
+    stored, packed = [Clips(Manifest(path), tokenizer, "pretrain", 3, 32, 40, train=True)
+                      for path in (tmp_path / "folder", tmp_path / "0.tar")]
+    assert len(stored) == len(packed) == 3
+    for key in [(0, 0), (2, 1), (1, 2), (2, 3)]:
+        assert torch.equal(stored[key]["video"], packed[key]["video"])
 
 
 @pytest.mark.parametrize("files", [
@@ -3302,9 +3321,10 @@ def test_each_manifest_has_a_clean_one(tmp_path):
                            "a.tsv": "video\ttext\na.mp4\ttsv\n",
                            "a.jsonl": '{"video": "a.mp4", "text": "jsonl"}'})
     write_shard(tmp_path / "a.tar", {"a.mp4": (tmp_path / "a.mp4").read_bytes(), "a.txt": "tar"})
-    for name in ("a", "a.csv", "a.tsv", "a.jsonl"):
+    for name in ("a", "a.csv", "a.tsv", "a.jsonl", "a.tar"):
         assert data.check(tmp_path / name, workers=0) == {}
-    for name, text in [("a.folder", "folder"), ("a.csv", "csv"), ("a.tsv", "tsv"), ("a", "jsonl")]:
+    for name, text in [("a.folder", "folder"), ("a.csv", "csv"), ("a.tsv", "tsv"), ("a", "jsonl"),
+                       ("a.tar", "tar")]:
         (sample,) = Manifest(tmp_path / f"{name}.clean.jsonl")
         assert sample["text"] == text
 
