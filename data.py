@@ -1835,9 +1835,12 @@ def answers_of(manifest: Manifest) -> list[str]:
     path = Path(manifest.names[0]).parent / "answers.json"
     if path.is_file():
         try:
-            answers = list(dict.fromkeys(map(str, json.loads(path.read_text("utf-8")))))
-        except (ValueError, TypeError) as error:
+            content = json.loads(path.read_text("utf-8-sig"))
+        except ValueError as error:
             raise DataError(f"{path}: not a JSON list of answers ({error})") from None
+        if not isinstance(content, list):
+            raise DataError(f"{path}: not a JSON list of answers, but {content!r:.60}")
+        answers = list(dict.fromkeys(map(str, content)))
         if counts.keys().isdisjoint(answers):
             raise DataError(f"{path}: holds no answer of {manifest.names[0]}; it may belong to "
                             "another data set: move one of the two to a folder of its own")
@@ -1954,7 +1957,7 @@ class Clips:
 #   all_captions                retrieval in evaluation: token ids of each caption of the clip
 #   question                    token ids of a question about the clip
 #   options                     token ids of each candidate, of which one is to be chosen
-#   label                       which option is right; or the class of the answer, -1: of none
+#   label                       which option is right, or the class of the answer (-1: no class)
 #   window                      (start, end) in seconds of the caption's part of the clip, or None
 #
 # `collate` puts together whichever are there. To add a task, write such a function and list it in
@@ -2036,23 +2039,12 @@ def one_line_per_clip(manifest: Manifest) -> Manifest:
     """
     paths = []
     for manifest_id, lines in enumerate(manifest.sizes):
-        samples = {}
-        texts = {}
-        end = manifest.ends[manifest_id]
-        for i in range(end - lines, end):
-            sample = manifest[i]
-            key = (clip_id(sample), sample.get("start"), sample.get("end"))
-            if sample.get("captions"):              # windows of its own, each with a caption
-                samples[i] = sample
-            else:
-                samples.setdefault(key, sample)
-                texts.setdefault(key, []).extend(sample.get("texts") or [need(sample, "text")])
+        begin = manifest.ends[manifest_id] - lines
+        samples = merge_captions([manifest[begin + line] for line in range(lines)])
         if len(samples) == lines:
             paths.append(manifest.paths[manifest_id])
             continue
-        for key in texts:
-            samples[key]["texts"] = list(dict.fromkeys(texts[key]))
-        paths.append(temporary_manifest(samples.values()))
+        paths.append(temporary_manifest(samples))
         if os.environ.get("RANK", "0") == "0":
             print(f"{manifest.names[manifest_id]}: {lines} lines are of {len(samples)} clips; the "
                   "captions of a clip go together", file=sys.stderr)
@@ -2061,6 +2053,21 @@ def one_line_per_clip(manifest: Manifest) -> Manifest:
     merged = Manifest(paths)
     merged.names = manifest.names
     return merged
+
+
+def merge_captions(samples: list[dict]) -> list[dict]:
+    """One sample for each clip of some samples, its "texts" being the captions of all of them."""
+    clips = {}
+    for number, sample in enumerate(samples):
+        if sample.get("captions"):                  # has windows of its own, each with a caption
+            clips[number] = sample
+            continue
+        key = (clip_id(sample), sample.get("start"), sample.get("end"))
+        clip = clips.setdefault(key, {**sample, "texts": []})
+        for text in sample.get("texts") or [need(sample, "text")]:
+            if text not in clip["texts"]:
+                clip["texts"].append(text)
+    return list(clips.values())
 
 
 def clip_id(sample: dict) -> tuple[str, str]:

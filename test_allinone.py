@@ -2927,7 +2927,8 @@ def test_a_list_of_answers_beside_the_manifest_counts(tmp_path):
 @pytest.mark.parametrize("listed, lines, message", [
     ('["cat"]', [{"answer": "cow"}], "answers.json: holds no answer of .*m.jsonl; it may belong"),
     ('{"cat"', [{"answer": "cat"}], "answers.json: not a JSON list of answers"),
-    ("7", [{"answer": "cat"}], "answers.json: not a JSON list of answers"),
+    ("7", [{"answer": "cat"}], "answers.json: not a JSON list of answers, but 7"),
+    ('{"cat": 1}', [{"answer": "cat"}], "answers.json: not a JSON list of answers, but {'cat'"),
     (None, [{"text": "a cat"}], 'm.jsonl: no line has an "answer"')])
 def test_answers_that_do_not_fit_are_refused(listed, lines, message, tmp_path):
     if listed:
