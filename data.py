@@ -1121,13 +1121,13 @@ def decode(path: str | os.PathLike, pick: Pick, size: int | tuple[int, int] | No
 
 
 def check_window(source: Source, start: float | None, end: float | None) -> None:
-    """Unreadable unless start and end are seconds, and the one comes before the other."""
+    """Unreadable unless start and end are seconds, and the end is not before the start."""
     for name, value in ("start", start), ("end", end):
         if value is not None and (math.isnan(value) or value == -math.inf):
             raise Unreadable(f'{source}: the sample\'s "{name}" is {value}; expected seconds')
-    if start == math.inf or None not in (start, end) and start >= end:
+    if start == math.inf or None not in (start, end) and start > end:
         raise Unreadable(f'{source}: the sample\'s "start" is {start} and its "end" {end}; '
-                         "expected a start before the end; check them")
+                         "expected an end after the start; check them")
 
 
 class Decode(Protocol):
@@ -1140,13 +1140,13 @@ class Decode(Protocol):
 
     def frames(self, numbers: list[int]) -> Iterator[tuple[int | None, av.VideoFrame | None]]:
         """Yields (number, frame) for the ascending `numbers`, in order, and for other frames that
-        had to be decoded. The number may be None for those; the frame is None where it is lost."""
+        had to be decoded. Their number may be None. A frame that cannot be decoded is None."""
 
 
 def read_pixels(clip: Decode, pick: Pick, size: int | tuple[int, int] | None,
                 start: float | None, end: float | None) -> torch.Tensor:
     """What `decode` returns of a clip."""
-    window = frames_shown(clip, start, end)
+    window = window_frames(clip, start, end)
     chosen = [window[k] for k in pick(len(window))]
     missing = set(chosen)
     reformatter = VideoReformatter()
@@ -1168,18 +1168,19 @@ def read_pixels(clip: Decode, pick: Pick, size: int | tuple[int, int] | None,
     raise Doubtful(f"{clip.source(0)}: holds fewer frames than it says; replace or re-encode it")
 
 
-def frames_shown(clip: Decode, start: float | None, end: float | None) -> range:
+def window_frames(clip: Decode, start: float | None, end: float | None) -> range:
     """Numbers of the frames that are shown in [start, end) seconds, at least one."""
     source, seconds = clip.source(0), clip.seconds
     if not seconds:
         raise Unreadable(f"{source}: holds no frame; the file is truncated or not a video")
-    first = 0 if start is None else bisect.bisect_left(seconds, start)
-    last = len(seconds) if end is None else bisect.bisect_left(seconds, end)
-    if first == last and first > 0 and start < clip.lasts:
-        first -= 1                              # none appears, but one is on display at `start`
-    if first >= last:
+    low = 0 if start is None else bisect.bisect_left(seconds, start)
+    high = len(seconds) if end is None else bisect.bisect_left(seconds, end)
+    if low >= high and start is not None and 0 <= start < clip.lasts:
+        low = bisect.bisect_right(seconds, start) - 1       # none appears, but one is on display
+        high = low + 1
+    if low >= high:
         raise Unreadable(f"{source}: no frame lies between the sample's start and end; check them")
-    return range(first, last)
+    return range(low, high)
 
 
 def with_damage(frames: Iterable[tuple[int | None, av.VideoFrame | None]],
@@ -1339,12 +1340,12 @@ def duration(path: str | os.PathLike, member: tuple | None = None) -> float:
                 return float(stream.duration * stream.time_base)
             if container.duration and not guess:
                 return container.duration / av.time_base
-            return shown_seconds(container, stream)
+            return measured_duration(container, stream)
     except (av.FFmpegError, Unreadable):
         return 0.0
 
 
-def shown_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+def measured_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """Seconds from the first packet of a stream to the end of the last one."""
     clock, tick = Clock(frame_rate(stream)), seconds_of(stream.time_base)
     lasts = 0.0
@@ -1409,7 +1410,7 @@ def every_frame(source: Source) -> Iterator[tuple[Fraction, Fraction, av.VideoFr
     with container:
         clock = Clock(frame_rate(stream))
         timed = has_times(container, stream)
-        for frame in decoded_or_lost(container, stream):
+        for frame in decode_packets(container, stream):
             if frame is None and timed and clock.now is not None:
                 yield clock.now, clock.step, None       # its time is not known: with the last one
                 continue
@@ -1421,7 +1422,7 @@ def every_frame(source: Source) -> Iterator[tuple[Fraction, Fraction, av.VideoFr
             yield clock.advance(time), length, frame
 
 
-def decoded_or_lost(container: av.container.InputContainer, stream: av.VideoStream,
+def decode_packets(container: av.container.InputContainer, stream: av.VideoStream,
                     ) -> Iterator[av.VideoFrame | None]:
     """Yields the frames of a plain decode, None for a packet that cannot be decoded.
 

@@ -1304,8 +1304,9 @@ def film(path: Path, text: str = "") -> Path:
     What is no argument of ours is an option of the encoder.
     """
     arguments = dict(word.split("=", 1) for word in text.split())
-    n, w, h = (int(arguments.pop(name, default)) for name, default in
-               (("n", 60), ("w", 96), ("h", 64)))
+    n = int(arguments.pop("n", 60))
+    w = int(arguments.pop("w", 96))
+    h = int(arguments.pop("h", 64))
     rate = int(arguments.pop("rate", 30))
     offset = int(arguments.pop("offset", 0))                    # frames before the first one
     vary = int(arguments.pop("vary", 0))                        # i * i / vary ticks more at frame i
@@ -1518,7 +1519,8 @@ def test_a_cover_picture_is_no_film(tmp_path):
     (0.5, 1.2, range(15, 36)),                                  # 0.5 s is in, 1.2 s is out
     (0.6, 0.9, range(18, 27)),                                  # borders among B-frames
     (1.5, None, range(45, 60)), (None, 0.1, range(0, 3)),
-    (1.01, 1.02, range(30, 31)),                                # on display then
+    (1.01, 1.02, range(30, 31)), (1.0, 1.0, range(30, 31)),     # on display then
+    (0.0, 0.0, range(0, 1)),
     (1.98, 1.99, range(59, 60))])                               # the last one still is
 @pytest.mark.parametrize("kind", [
     "a.mp4 bf=3", "a.mp4 bf=0", "a.mkv bf=3", "a.ts offset=300", "a.avi codec=mpeg4 bf=2",
@@ -1533,7 +1535,7 @@ def test_a_window_holds_the_frames_shown_in_it(kind, start, end, shown, tmp_path
 @pytest.mark.parametrize("start, end, reason", [
     (7.0, 9.0, "no frame lies between"), (1e300, None, "no frame lies between"),
     (math.nan, None, '"start" is nan; expected seconds'),
-    (0.0, math.nan, '"end" is nan'), (math.inf, None, "start before the end"),
+    (0.0, math.nan, '"end" is nan'), (math.inf, None, "an end after the start"),
     (1.0, 0.5, '"start" is 1.0 and its "end" 0.5')])
 def test_a_wrong_window_is_not_the_films_fault(start, end, reason, tmp_path):
     with pytest.raises(Unreadable, match=reason):
