@@ -3334,7 +3334,7 @@ def msrvtt_mc_training(files: SourceFiles, path: str, split: str) -> Iterator[di
     nothing, since it scores each option alone.
     """
     captions = msrvtt_captions(path, MSRVTT_NUMBERS[split])
-    pool = [caption for texts in captions.values() for caption in texts]
+    pool = list(itertools.chain.from_iterable(captions.values()))
     rng = random.Random(0)
     for video, texts in captions.items():
         right = {tidy(caption).lower() for caption in texts}
