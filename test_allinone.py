@@ -4795,6 +4795,7 @@ def test_compiling_breaks_no_graph(trainer):
             option_text_mask=torch.ones(4, options, m) > 0, label=torch.zeros(4).long(),
             manifest_id=torch.zeros(4).long(), source_line=["x"] * 4, unreadable=[])
         micro_batch = train.to_device(batch, one.losses.objectives, one.device)
+        train.mark_varying(micro_batch.tensors)
         sum(loss.mean for loss in one.losses(micro_batch.tensors).values()).backward()
         counts.append(len(graphs))
     assert counts == [1, 1, 2, 2]
@@ -4941,6 +4942,13 @@ def test_the_best_has_the_highest_mean_of_manifests(clips, tmp_path):
     assert state["step"] == 1 + means.index(max(means))        # the earliest of the best
 
 
+@pytest.mark.parametrize("objectives, rerank", [("vtc rank", 0), ("vtc vtm", 0), ("vtm", 10 ** 9)])
+def test_without_vtc_all_pairs_are_scored_by_vtm(objectives, rerank, trainer, clips):
+    one = trainer("--task", "retrieval", "--data", clips / "retrieval.jsonl", "--objectives",
+                  *objectives.split(), "--val", clips / "retrieval.jsonl")
+    assert one.eval_configs[0].rerank == rerank
+
+
 def test_after_validation_training_goes_on(trainer, clips):
     one = trainer("--val", clips / "choice.jsonl")
     start = one.progress.start_time
@@ -5042,12 +5050,14 @@ def test_sigterm_saves_and_ends_with_143(clips, tmp_path):
 
 
 def test_a_closed_pipe_ends_no_run(clips, tmp_path):                     # train.py | head -1
-    process = subprocess.Popen(
-        [sys.executable, HERE / "train.py", "--data", clips / "train.jsonl", *TINY_RUN, "--out",
-         tmp_path / "run"], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait() == 0
+    os.mkfifo(tmp_path / "pipe")
+    process = Started(tmp_path / "pipe", "train.py", "--data", clips / "train.jsonl", *TINY_RUN,
+                      "--out", tmp_path / "run")
+    with open(tmp_path / "pipe") as pipe:
+        pipe.readline()
+    while process.running(0.01):
+        pass
+    assert process.ranks[0].exitcode == 0
     assert finished(tmp_path / "run")[0]["state"]["step"] == 12
 
 
@@ -5235,6 +5245,18 @@ def test_another_batch_is_another_run(description):
     with pytest.raises(DataError, match="batch was 8, now 16"):
         run_folder.compare(describe(), describe(layout=train.Layout(16, 8, 2)))
     run_folder.compare(describe(), describe(layout=train.Layout(8, 4, 2)))
+
+
+def test_of_a_mixture_micro_batches_keep_their_size(description, clips):
+    """Each of them reads one manifest, so that their size decides which clips are read."""
+    run_folder, config, overrides, _ = description
+    both = Manifest([clips / "train.jsonl", clips / "images.jsonl"])
+    model = build()
+    tokenizer = Tokenizer.train(["a"], 99)
+    four, eight = (train.describe(config, overrides, train.Layout(8, size, 1), 12, model,
+                                  tokenizer, None, both) for size in (4, 8))
+    with pytest.raises(DataError, match="clips of a micro-batch was 4, now 8"):
+        run_folder.compare({**four, "state": {"step": 0}}, eight)
 
 
 def test_changes_are_said_when_a_run_goes_on(clips, whole_run, tmp_path):

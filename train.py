@@ -454,8 +454,8 @@ class Run:
         if good + bad >= 100 and bad > (good + bad) / 10:
             raise ValueError(
                 f"{bad:.0f} of {good + bad:.0f} clips cannot be read, above 1 in 10, such as "
-                f"{'; '.join(self.unreadable[-3:])}. `python data.py check MANIFEST` names them all and "
-                "writes MANIFEST.clean.jsonl, to train on instead")
+                f"{'; '.join(self.unreadable[-3:])}. To train on the others: python data.py check "
+                "MANIFEST, which names all of these and writes MANIFEST.clean.jsonl")
 
 
 # ---- Set-up: model, data, optimiser --------------------------------------------------------------
@@ -666,12 +666,6 @@ class MicroBatch(NamedTuple):
     unreadable: list[str]        # what could not be read, so that other clips stand in
 
 
-# Entries whose size changes from batch to batch even if all texts are equally long, and the
-# dimension that does: words to predict, candidates of a clip. torch.compile must not count on it.
-VARYING = {"mlm_positions": 0, "mlm_labels": 0,
-           "option_ids": 1, "option_text_mask": 1, "option_mask": 1}
-
-
 def to_device(batch: dict, objectives: tuple[str, ...], device: torch.device) -> MicroBatch:
     """Sends a batch of data.collate to the device, without waiting until it is there.
 
@@ -685,10 +679,20 @@ def to_device(batch: dict, objectives: tuple[str, ...], device: torch.device) ->
         if device.type == "cuda":              # copies from other memory than pinned one block
             value = value.pin_memory()
         tensors[name] = value.to(device, non_blocking=True)
-        if name in VARYING:
-            torch._dynamo.maybe_mark_dynamic(tensors[name], VARYING[name])
     return MicroBatch(tensors, items, int(batch["manifest_id"][0]), batch["source_line"],
                       batch["unreadable"])
+
+
+def mark_varying(tensors: dict[str, Tensor]) -> None:
+    """Tells torch.compile which sizes change even if all texts are equally long.
+
+    They are the number of words to predict and that of a clip's candidates.
+    """
+    varying = {"mlm_positions": 0, "mlm_labels": 0,            # the dimension
+               "option_ids": 1, "option_text_mask": 1, "option_mask": 1}
+    for name, dimension in varying.items():
+        if name in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensors[name], dimension)
 
 
 def add_loss(sums: dict[str, Tensor], name: str, loss: Loss, manifest: int, manifests: int) -> None:
@@ -1014,6 +1018,8 @@ class Trainer:
         micro_batches = []
         for batch in itertools.islice(stream, self.layout.accumulation_steps):
             micro_batches.append(to_device(batch, self.config.objectives, self.device))
+            if self.config.compile:
+                mark_varying(micro_batches[-1].tensors)
         self.progress.data_wait += time.monotonic() - start
         return micro_batches
 
