@@ -2102,24 +2102,29 @@ def test_blank_lines_are_no_samples(tmp_path):
     assert source_lines(path) == ["m.jsonl:2", "m.jsonl:5", "m.jsonl:6"]
 
 
-def test_a_changed_manifest_is_indexed_again(tmp_path):
+@pytest.mark.parametrize("content, time_changed", [
+    ('{"video": "a"}\n{"video": "c"}', True),               # as long as it was
+    ('{"video": "a"}\n\n{"video": "c"}\n', False)])          # with the time that it had
+def test_a_changed_manifest_is_indexed_again(content, time_changed, tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"video": "a"}\n{"video": "b"}')
     before = Manifest(path).contents()
     assert before[0][:2] == [str(path), 2]
-    path.write_text('{"video": "aa"}\n\n{"video": "c"}\n{"video": "d"}\n')
-    assert [sample["video"] for sample in samples_of(path)] == ["aa", "c", "d"]
-    path.write_text('{"video": "a"}\n{"video": "c"}')                   # as long as it was
+    status = path.stat()
+    path.write_text(content)
+    os.utime(path, ns=(0, status.st_mtime_ns + time_changed))
+    assert [sample["video"] for sample in samples_of(path)] == ["a", "c"]
     assert Manifest(path).contents() != before
 
 
 def test_several_manifests_follow_one_another(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"video": "a0"}\n{"video": "a1"}\n{"video": "a2"}\n')
-    (tmp_path / "b.jsonl").write_text('{"video": "b0"}\n{"video": "/b1"}\n')
-    both = Manifest([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "b.jsonl").write_text('{"video": "b0"}\n{"video": "/b1"}\n')
+    both = Manifest([tmp_path / "a.jsonl", tmp_path / "b" / "b.jsonl"])
     assert [sample["video"] for sample in both] == [
-        *(str(tmp_path / name) for name in ("a0", "a1", "a2", "b0")), "/b1"]
-    assert both[3]["source_line"] == f"{tmp_path}/b.jsonl:1"
+        *(str(tmp_path / name) for name in ("a0", "a1", "a2", "b/b0")), "/b1"]
+    assert both[3]["source_line"] == f"{tmp_path}/b/b.jsonl:1"
     assert [both.locate(i) for i in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert [both.after(1, steps) for steps in range(4)] == [1, 2, 0, 1]   # round its own manifest
     assert [both.after(4, steps) for steps in range(3)] == [4, 3, 4]
@@ -2149,6 +2154,7 @@ def test_several_manifests_follow_one_another(tmp_path):
     ('{"video": "a", "texts": "x"}', "\"texts\" is 'x'; expected a list of texts"),
     ('{"video": "a", "options": ["x", 1]}', '"options" is .*; expected a list of texts'),
     ('{"video": "a", "answer": 1.0}', '"answer" is 1.0; expected an integer or a text'),
+    ('{"video": "a", "answer": true}', '"answer" is True; expected an integer or a text'),
     ('{"video": "a", "image": 1}', '"image" is 1; expected true or false'),
     ('{"video": "a", "member": {"name": "b"}}', '"member" is .*; expected {"name": text'),
 ])
