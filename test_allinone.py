@@ -1421,6 +1421,17 @@ def test_headers_are_trusted_where_a_decoder_confirms_them(kind, tmp_path):
     assert is_planned(film_of(tmp_path, FILMS[kind])) == (kind not in UNPLANNED)
 
 
+@pytest.mark.parametrize("order", [[0, 2, 1], [0, 1, 1], [1, 2, 3]])
+def test_frames_in_another_order_are_doubtful(order, tmp_path):
+    path = film(tmp_path / "a.mp4", "n=5 bf=0")
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    source = data.Source(str(path))
+    assert list(data.in_order(source, frames, key=frames[0].pts)) == frames
+    with pytest.raises(data.Doubtful):
+        list(data.in_order(source, [frames[i] for i in order], key=frames[order[0]].pts))
+
+
 def marked(path: Path, is_key: bool, copy: Path) -> Path:
     """A copy of a film whose container marks every packet as a keyframe, or none."""
     with av.open(str(path)) as film_in, av.open(str(copy), "w") as film_out:
