@@ -647,6 +647,7 @@ def objective_predictions(objective: str, batch: dict, logits: Tensor, labels: l
         prediction = describe(batch, b)
         prediction["kind"] = objective.upper()
         prediction["label"] = label
+        prediction["probability"] = round(float(scores.softmax(0)[label]), 4)
         prediction["metrics"] = {"accuracy %": recall_of_label(scores, label)[1]}
         predictions.append(prediction)
     return predictions

@@ -5596,9 +5596,12 @@ def test_pretraining_scores_clips_and_masked_words(views, films, checkpoint, tmp
         expected = []
         for row, label in zip(logits, scores[0][name].labels.tolist()):
             if label >= 0:                                     # else padding
-                expected.append((label, 100 * (int(row.argmax()) == label)))
-        assert expected == [(r["label"], r["metrics"]["accuracy %"]) for r in results
-                            if r["kind"] == name.upper()]
+                expected.append((label, 100 * (int(row.argmax()) == label), row.softmax(0)[label]))
+        found = [r for r in results if r["kind"] == name.upper()]
+        assert [r["label"] for r in found] == [label for label, _, _ in expected]
+        assert [r["metrics"]["accuracy %"] for r in found] == [right for _, right, _ in expected]
+        assert [r["probability"] for r in found] == pytest.approx(
+            [p.item() for _, _, p in expected], abs=2e-4)
 
 
 def test_a_masked_word_is_counted_for_its_clip(films, checkpoint, tmp_path):
@@ -5657,6 +5660,16 @@ def test_retrieval_ranks_by_cosine_then_matching(best, views, films, checkpoint,
         assert result["metrics"]["R@1 %"] == 0 or fewest == 1
 
 
+def test_embeddings_of_views_are_averaged(films, checkpoint):
+    model, clips = open_model(checkpoint, films / "retrieval.jsonl", "retrieval", views=3)
+    with eval.joined_processes() as device, torch.no_grad():
+        scorer = eval.Scorer(model, clips, eval.EvalConfig("retrieval", workers=0), device)
+        sides, _, _ = eval.encode_sides(scorer)
+        expected = torch.stack([video_embedding(model, clips[i, i]["video"]).mean(0)
+                                for i in range(8)])
+    torch.testing.assert_close(sides.embedding.float(), expected, rtol=0, atol=1e-6)
+
+
 def test_binary_matching_reranks_retrieval(films, tmp_path):   # Sec. 3.3's VTM, not "rank"
     printed = []
     for objectives in (["vtc", "vtm"], ["vtc", "rank"], ["vtm"]):
@@ -5683,8 +5696,10 @@ def same_results(results, expected):
     for result, other in zip(results, expected):
         assert result.keys() == other.keys()
         for name, value in result.items():
-            assert value == (pytest.approx(other[name], abs=1e-4) if name == "scores" else
-                             other[name])
+            if name in ("scores", "probability"):
+                assert value == pytest.approx(other[name], abs=2e-4)
+            else:
+                assert value == other[name]
 
 
 @pytest.mark.parametrize("task, flags", [
