@@ -922,9 +922,6 @@ class BatchSampler:
         return most
 
 
-Batches, mix = BatchSampler, hash64        # until train.py has the new names
-
-
 # ==== Clip: frames, pixels, words =================================================================
 
 def sample_frames(n: int, frames: int, train: bool, view: int = 0, views: int = 1) -> list[int]:
