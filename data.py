@@ -1428,7 +1428,7 @@ def decode_packets(container: av.container.InputContainer, stream: av.VideoStrea
     decoded, failure = False, None
     for packet in container.demux(stream):
         try:
-            frames = [None] if is_hole(packet) else packet.decode()
+            frames = packet.decode()
         except av.FFmpegError as error:
             frames, failure = [None], error
         for frame in frames:
@@ -1436,14 +1436,6 @@ def decode_packets(container: av.container.InputContainer, stream: av.VideoStrea
             yield frame
     if failure is not None and not decoded:
         raise failure
-
-
-def is_hole(packet: av.Packet) -> bool:
-    """Whether there are only zeros where a packet should be, as in a download with gaps. Of these
-    codecs that is no frame, and the decoder passes over it in silence."""
-    if packet.stream.codec_context.codec.canonical_name not in PLANNED_CODECS:
-        return False
-    return packet.size > 0 and not any(memoryview(packet))
 
 
 class FrameFolder:
@@ -1507,6 +1499,9 @@ class PlannedDecode:
             raise Doubtful(f"{source}: its first frames follow no keyframe")
         if not is_whole and origin != stream.start_time:
             raise Doubtful(f"{source}: begins at another time than it says")
+        # A hidden keyframe does not come out to be checked, but the plain decode too begins with it.
+        is_hidden = headers[0].is_key and headers[0].is_hidden
+        self.start_key = headers[0].pts if is_hidden and seek_time is None else None
         tick = stream.time_base
         self.seconds = [(time - origin) * tick.numerator / tick.denominator for time in self.pts]
         last = max(headers, key=lambda header: header.pts)
@@ -1522,7 +1517,10 @@ class PlannedDecode:
     def frames(self, numbers: list[int]) -> Iterator[tuple[int | None, av.VideoFrame]]:
         number_of = {self.pts[number]: number for number in numbers}
         for key, group in itertools.groupby(number_of, self.keyframe):
-            for frame in in_order(self.path, self.decode_group(key, set(group)), key):
+            frames = self.decode_group(key, set(group))
+            if key != self.start_key:
+                frames = in_order(self.path, frames, key)
+            for frame in frames:
                 yield number_of.get(frame.pts), frame
 
     def decode_group(self, key: int, missing: set[int]) -> Iterator[av.VideoFrame]:
@@ -1537,8 +1535,6 @@ class PlannedDecode:
         for packet in self.container.demux(self.stream):
             if packet.size == 0 or not missing:
                 break
-            if is_hole(packet):
-                raise Doubtful(f"{self.path}: has a hole at {packet.pos} bytes")
             started = started or packet.pts == key
             if started:
                 skip = skippable and packet.pts not in missing
