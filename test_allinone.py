@@ -4952,19 +4952,25 @@ def test_samples_show_what_the_model_is_fed(whole_run):
     assert image.shape[0] > 8 * 32 and image.std() > 10
 
 
-def test_the_best_has_the_highest_mean_of_manifests(clips, tmp_path):
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(absolute(clips / "choice.jsonl")[:3]))
-    pretrain(clips, tmp_path / "run", "--val", clips / "choice.jsonl", few, "--val_every", 1,
+@pytest.mark.parametrize("opposite", [False, True])
+def test_the_best_has_the_highest_mean_of_manifests(opposite, clips, tmp_path):
+    """The opposite answers are right where these are wrong: then all means are 50."""
+    lines = [json.loads(line) for line in absolute(clips / "choice.jsonl")]
+    for line in lines:
+        line["answer"] = int(opposite)
+    other = tmp_path / "other.jsonl"
+    other.write_text(json_lines(*lines))
+    pretrain(clips, tmp_path / "run", "--val", clips / "choice.jsonl", other, "--val_every", 1,
              "--steps", 8, "--lr", 0.02)
     scores = [line["result"]["order"] for line in lines_of(tmp_path / "run" / "log.jsonl")
               if "result" in line]
-    means = [(many + few) / 2 for many, few in zip(scores[::2], scores[1::2])]
-    assert len(means) == 8                                     # both, after each step
-    assert len(set(means)) > 1
+    assert len(scores) == 16                                   # both, after each step
+    assert len(set(scores[::2])) > 1
+    means = 8 * [50.0] if opposite else scores[::2]
     state = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["state"]
     assert state["best"] == pytest.approx(max(means))
-    assert state["step"] == 1 + means.index(max(means))        # the earliest of the best
+    if not opposite:
+        assert state["step"] == 1 + means.index(max(means))    # the earliest of the best
 
 
 @pytest.mark.parametrize("objectives, rerank", [("vtc rank", 0), ("vtc vtm", 0), ("vtm", 10 ** 9)])

@@ -525,7 +525,7 @@ def set_trained(model: AllInOne, config: TrainConfig) -> None:
 
     DDP waits for a gradient of each trained parameter, so heads of other objectives are frozen.
     """
-    heads = {*TASKS[config.task].heads}
+    heads = set()
     for names in OBJECTIVES.values():
         heads.update(names)
     for task in TASKS.values():
@@ -1243,10 +1243,13 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
         set_lr(optimizer, lr)
         torch.manual_seed(hash64(config.seed, step))           # of dropout in the layer, if any
         sums = {"clips": torch.zeros(len(sizes), 2, dtype=torch.float64)}
-        for visits in itertools.islice(stream, layout.accumulation_steps):
+        micro_batches = list(itertools.islice(stream, layout.accumulation_steps))
+        samples_of_step = [sample for sample, _ in itertools.chain(*micro_batches)]
+        known = (labels[samples_of_step] >= 0).sum().clamp(min=1)
+        for visits in micro_batches:
             rows = [sample for sample, _ in visits]
             loss = cross_entropy(model.answer_head(features[rows]), labels[rows])
-            (loss.total / layout.batch).backward()
+            (loss.total / known).backward()
             add_loss(sums, "probe", loss, int(manifest_ids[rows[0]]), len(sizes))
         norm = nn.utils.get_total_norm([p.grad for p in model.answer_head.parameters()])
         optimizer.step()
