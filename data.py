@@ -1499,7 +1499,7 @@ class PlannedDecode:
             raise Doubtful(f"{source}: its first frames follow no keyframe")
         if not is_whole and origin != stream.start_time:
             raise Doubtful(f"{source}: begins at another time than it says")
-        # A hidden keyframe does not come out to be checked, but the plain decode too begins with it.
+        # A hidden keyframe does not come out to be checked; the plain decode too begins with it.
         is_hidden = headers[0].is_key and headers[0].is_hidden
         self.start_key = headers[0].pts if is_hidden and seek_time is None else None
         tick = stream.time_base

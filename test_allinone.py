@@ -1567,8 +1567,8 @@ def test_frames_hidden_by_an_edit_list_stay_hidden(tmp_path):
     assert torch.equal(decode(path, range, None, 0.2, 0.4), whole[15:20])
 
 
-# The clock of the later part is equal, ahead, a little behind, or so far behind that FFmpeg takes it
-# for a clock of 33 bits that has run over.
+# The clock of the later part is equal, ahead, a little behind, or so far behind that FFmpeg takes
+# it for a clock of 33 bits that has run over.
 @pytest.mark.parametrize("offset", [9000, 12000, 8500, 100])
 def test_transport_streams_joined_end_to_end_are_one(offset, tmp_path):
     earlier = film(tmp_path / "a.ts", "g=15 offset=9000")
