@@ -3108,6 +3108,22 @@ def test_views_differ_in_time(tmp_path):                         # the 3 x 3 fra
     assert not torch.equal(video[0, 0], video[0, 1]) and not torch.equal(video[0, 1], video[0, 2])
 
 
+@pytest.mark.parametrize("line, change", [
+    ({"text": "a"}, {"resize": "paper"}), ({"text": "a"}, {"resize": "proportions"}),
+    ({"text": "a", "boxes": [[0, 5, 5, 30, 30]]}, {"boxes": False})])
+def test_clips_are_read_as_their_fields_say(line, change, tmp_path):
+    clips = clips_of(tmp_path, [line], train=False)
+    assert not torch.equal(clips[0, 0]["video"], replace(clips, **change)[0, 0]["video"])
+
+
+@pytest.mark.parametrize("train, least, most", [(True, 5, 20), (False, 1, 1)])
+def test_crops_are_random_in_training_alone(train, least, most, tmp_path):
+    picture(tmp_path / "i.png", (48, 40))
+    clips = clips_of(tmp_path, [{"video": "i.png", "text": "a"}], train=train)
+    crops = {clips[0, visit]["video"].numpy().tobytes() for visit in range(20)}
+    assert least <= len(crops) <= most
+
+
 @pytest.mark.parametrize("order, expected", [
     ("forward", [0, 1, 2]), ("reversed", [2, 1, 0]), ("first", [0, 0, 0])])
 def test_frames_are_seen_in_the_stated_order(order, expected, tmp_path):
@@ -3440,6 +3456,8 @@ def test_a_toy_object_is_drawn_at_its_centre(shape, colour, centre, edge):
     light = frame[0, 0].tolist()
     assert frame[38, 40].tolist() == (light if centre is None else [centre] * 3)
     assert frame[38, 52].tolist() == frame[26, 40].tolist() == [edge] * 3
+    hole = light if centre is None else [centre] * 3
+    assert frame[38, 47].tolist() == frame[31, 40].tolist() == hole      # 7 of 14 pixels out
     assert frame[38, 55].tolist() == frame[23, 40].tolist() == light
 
 
