@@ -9,8 +9,10 @@ The file needs torch and the standard library only. To install it, copy it.
 
     model = AllInOne(Config())                       # All-in-one-B of Tab. 1 with random weights
     video = torch.randint(256, (2, 3, 3, 224, 224), dtype=torch.uint8)      # 2 clips of 3 frames
-    text_ids = torch.tensor([[2, 5, 6, 7, 3], [2, 5, 7, 3, 0]])    # [CLS] a dog runs [SEP], padded
-    text_mask = text_ids != 0                                      # False at padding
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs"]    # a toy's
+    text_ids = torch.tensor([[2, 5, 6, 7, 3],        # [CLS] a dog runs [SEP]
+                             [2, 5, 7, 3, 0]])       # [CLS] a runs [SEP] [PAD]
+    text_mask = text_ids != 0                        # False at padding
 
     model.eval()                                     # does each text match its clip?
     with torch.no_grad():
@@ -18,7 +20,6 @@ The file needs torch and the standard library only. To install it, copy it.
     print(logits.softmax(1)[:, 1])                   # two probabilities
 
     model.train()                                    # one step of pre-training (Sec. 3.3)
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs"]
     vocabulary = Vocabulary({token: i for i, token in enumerate(tokens)})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2)
     batch = pretraining_batch(video, text_ids, text_mask, vocabulary)
@@ -30,16 +31,22 @@ The file follows the paper: sizes (Tab. 1), embeddings (Eq. 1), blocks (Eq. 2), 
 (Sec. 3.2), objectives (Sec. 3.3), scores of the downstream tasks (Sec. 4.2). Then a line says that
 the paper's method ends, and variants of its ablations and the loading of weights follow.
 
-Notation. The paper uses P for two things and V for two; we give each letter one meaning.
+Notation. The paper uses P for two things and V for two, so the letters are ours.
     B clips                S frames of a clip        m tokens of a text
     P side of a patch      n = HW / P^2 patches of a frame
-    D width                L blocks                  |V| words in the vocabulary
-The transformer's rows are frames: row b*S + s holds frame s of clip b and a copy of the clip's
-text, as the sequence [text cls, m-1 text tokens, video cls, n patches]. Shapes in this file write
-that length as m+1+n. DeiT's distilled models have a second token beside the video cls: m+2+n.
+    D width                L blocks; block d, or layer d, is the d-th of them
+    |V| tokens of the vocabulary      M masked words      O candidates of a clip (Sec. 4.2)
+    E width of VTC's space (Sec. 3.3)      W processes
+The transformer's rows are frames: row b*S + s holds frame s of clip b, and a copy of its text.
 
-"Release" names the authors' code. It decides where the paper is silent, and each such place says
-so. "Ours" marks what neither of the two decides.
+    row 0   text cls, m-1 text tokens | video cls | n patches of frame 1 of clip 1
+    row 1   text cls, m-1 text tokens | video cls | n patches of frame 2 of clip 1      ...
+
+The shapes below write the length of a row as m+1+n. DeiT's distilled models have a second token
+beside the video cls: m+2+n.
+
+"Release" names the authors' code. It decides where the paper is silent and, in the few places that
+say "like the release", against the paper (README lists them). "Ours" marks what neither decides.
 """
 
 from __future__ import annotations
@@ -79,7 +86,7 @@ Select = Literal["block", "random", "varying"]                                  
 class Config:
     """The sizes and choices of a model. The defaults are All-in-one-B (Tab. 1).
 
-    ValueError if a field has a value that it cannot have.
+    ValueError for a value that does not exist, or for values that do not fit each other.
     """
 
     frames: int = 3                  # S, how many frames of a clip are read (Sec. 4.1.1, Fig. 9)
@@ -89,11 +96,11 @@ class Config:
     heads: int = 12                  # how many attention heads a block has (Tab. 1)
     patch_size: int = 16             # P, the side of a patch in pixels (Sec. 4.1.1)
     vocab_size: int = 30522          # |V|, the tokens of bert-base-uncased (Sec. 4.1.1)
-    max_text_len: int = 40           # the largest m, longer texts are cut (release; DiDeMo 80)
+    max_text_len: int = 40           # the largest m (release; 80 for DiDeMo)
     temporal: Temporal = "token_rolling"  # how frames exchange information (Tab. 8a, Tab. 9)
-    roll: Literal["paper", "release"] = "paper"  # one block forward (Sec. 3.2), or half of it back
+    roll: Literal["paper", "release"] = "paper"  # forward (Sec. 3.2), or half of them back
     roll_ratio: float = 0.25         # the share of a frame's patches that roll (Tab. 8b)
-    roll_start: int = 1              # the first block that rolls, counted from 1 (Tab. 11a)
+    roll_start: int = 1              # the first layer that mixes frames, from 1 (Tab. 11a)
     roll_select: Select = "block"    # which of a frame's patches roll (Tab. 11b)
     roll_unimodal: bool = True       # rolls in passes of video alone too (Eq. 2; release: never)
     spatial_position: bool = True    # adds the position of a patch in its frame (Tab. 10, SPE)
@@ -105,7 +112,7 @@ class Config:
     answers: int = 0                 # how many classes the answer head has; 0: no such head
     answer_head: Literal["paper", "release", "linear"] = "paper"  # the kind of head for answers
     dropout: float = 0.1             # the share of values that dropout sets to zero (release)
-    drop_path: float = 0.1           # how often the last block is skipped in training (release)
+    drop_path: float = 0.1           # how often a frame skips a branch of the last block (release)
     init_std: float = 0.02           # the standard deviation of random weights (ViT, BERT)
 
     def __post_init__(self):
@@ -134,6 +141,11 @@ class Config:
         """n: 196 patches in a frame of 224 pixels (Sec. 4.1.1)."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_special(self) -> int:
+        """Tokens before the patches: the video cls (Eq. 1) and, in distilled models, DeiT's."""
+        return 2 if self.distilled else 1
+
 
 # ---- The All-in-one Transformer (Sec. 3.1, Fig. 2) -----------------------------------------------
 
@@ -158,9 +170,9 @@ class AllInOne(nn.Module):
     Weights have the names of timm's ViT and of BERT.
 
     video: (B, S, 3, H, W), uint8 RGB from 0 to 255, or floats that are already normalised by
-        IMAGE_MEAN and IMAGE_STD. An image is a clip of S = 1. S is at most config.frames where
-        frames have temporal positions. (A clip of 3 frames whose axes are (B, 3, S, H, W) has the
-        same shape and cannot be noticed.)
+        IMAGE_MEAN and IMAGE_STD. An image is a clip of S = 1. With temporal positions S is at most
+        config.frames. (If the axes are (B, 3, S, H, W) by mistake, a clip of 3 frames has the same
+        shape, and nobody can notice.)
     text_ids: (B, m) integers, [CLS] first.
     text_mask: (B, m) bool, or integers of which 0 is padding; None: there is no padding.
     ValueError or TypeError for other shapes and types.
@@ -172,15 +184,15 @@ class AllInOne(nn.Module):
         D = c.width
         std = c.init_std
         self.config = c
-        self.num_special = 2 if c.distilled else 1       # the video cls, and DeiT's second token
+        self.num_special = c.num_special                 # tokens before a frame's patches
         self.activation_checkpointing = False            # compute blocks again in the backward pass
 
-        # Eq. 1, text: T, T^pos, and BERT's LayerNorm.
+        # Eq. 1, text: T, T^pos, and BERT's LayerNorm. The names are BERT's, so that weights fit.
         self.text_embeddings = nn.ModuleDict({
             "word_embeddings": initialised(nn.Embedding(c.vocab_size, D), std),
             "position_embeddings": initialised(nn.Embedding(c.max_text_len, D), std),
             "LayerNorm": nn.LayerNorm(D, eps=1e-12)})
-        # Eq. 1, video: V and v_class.
+        # Eq. 1, video: V and v_class. From here to `norm` the names are those of timm's ViT.
         patches = nn.Conv2d(3, D, kernel_size=c.patch_size, stride=c.patch_size)
         self.patch_embed = nn.ModuleDict({"proj": initialised(patches, std)})
         self.cls_token = random_table(std, 1, 1, D)
@@ -205,8 +217,8 @@ class AllInOne(nn.Module):
             self.factorized.extend(FactorizedAttention(c) for _ in self.blocks)
 
         # The heads of Sec. 3.3 and of Sec. 4.2.1.
-        self.pooler = initialised(FullPrecisionLinear(D, D), std)           # release
-        self.vtm_head = initialised(FullPrecisionLinear(D, 2), std)         # logit 1: they match
+        self.pooler = initialised(Float32Linear(D, D), std)           # release
+        self.vtm_head = initialised(Float32Linear(D, 2), std)         # logit 1: they match
         # BERT's head. Its last layer is not tied to the word embeddings (release). Give it the
         # masked tokens alone: logits of all tokens would take gigabytes.
         self.mlm_head = nn.Sequential(OrderedDict(
@@ -214,10 +226,10 @@ class AllInOne(nn.Module):
             gelu=nn.GELU(),
             LayerNorm=nn.LayerNorm(D, eps=1e-12),
             decoder=initialised(nn.Linear(D, c.vocab_size), std)))
-        self.text_proj = initialised(FullPrecisionLinear(D, c.vtc_dim), std)
-        self.video_proj = initialised(FullPrecisionLinear(D, c.vtc_dim), std)
+        self.text_proj = initialised(Float32Linear(D, c.vtc_dim), std)
+        self.video_proj = initialised(Float32Linear(D, c.vtc_dim), std)
         if c.answers:
-            self.answer_head = answer_head(c)
+            self.answer_head = make_answer_head(c)
 
     # ---- Eq. 1: embeddings
 
@@ -244,8 +256,8 @@ class AllInOne(nn.Module):
         weight_dtype = self.cls_token.dtype
         if video.dtype == torch.uint8:
             video = normalise(video).to(weight_dtype)
-        frames = video.flatten(0, 1)                               # (B*S, 3, H, W)
-        patches = self.patch_embed["proj"](frames)                 # (B*S, D, H/P, W/P)
+        images = video.flatten(0, 1)                               # (B*S, 3, H, W)
+        patches = self.patch_embed["proj"](images)                 # (B*S, D, H/P, W/P)
         patches = patches.flatten(2).transpose(1, 2)               # (B*S, n, D)
         patches = patches.to(weight_dtype)                         # autocast made it half precision
         special = self.cls_token                                   # (1, 1, D)
@@ -258,8 +270,8 @@ class AllInOne(nn.Module):
             order = torch.rand(patches.shape[:2], device=patches.device).argsort(1)  # (B*S, n)
             patches = patches.gather(1, order[:, :, None].expand_as(patches))
         if self.temporal_embed is not None:
-            # On patches and not on cls (release). An image has no time: its table is multiplied by
-            # 0 rather than left out, so that DistributedDataParallel sees a gradient for it.
+            # On patches and not on cls (release). For images (S = 1) the table is multiplied by 0
+            # rather than left out: DistributedDataParallel waits for its gradient.
             times = self.temporal_embed[0, :S] * float(S > 1)      # (S, D)
             patches = patches + times.repeat(B, 1)[:, None]
         special = special.expand(B * S, -1, -1)
@@ -274,9 +286,9 @@ class AllInOne(nn.Module):
                    mask: Tensor | None = None) -> Tensor:
         """What frames exchange before block `layer`: TTR of Eq. 2, or a row of Tab. 8a or Tab. 9.
 
-        A new temporal mixing is added here and nowhere else; eval.py's maps follow it.
-        A mixing with parameters must use them for images too (frames = 1), multiplied by 0 if need
-        be: DistributedDataParallel waits for a gradient of every parameter.
+        A new mixing is called here; its name goes to Temporal, and its parameters, if it has some,
+        to __init__. eval.py's maps follow it. It must use its parameters for images too (frames =
+        1), multiplied by 0 if need be: DistributedDataParallel waits for a gradient of each one.
 
         z: (B*S, m+1+n, D) in and out. frames: S. text_length: m, 0 in a pass of video alone.
         layer: from 1 to L. mask: as in Attention.
@@ -284,8 +296,8 @@ class AllInOne(nn.Module):
         c = self.config
         if c.temporal in ("timesformer", "decoupled"):
             return self.factorized[layer - 1](z, frames, text_length, mask)
-        alone = text_length == 0 and not c.roll_unimodal
-        if frames == 1 or layer < c.roll_start or alone:
+        stays = text_length == 0 and not c.roll_unimodal           # a pass of video alone
+        if frames == 1 or layer < c.roll_start or stays:
             return z
         if c.temporal == "token_rolling":
             # DeiT's distillation token stays like the cls. The release rolls it with the patches.
@@ -323,7 +335,7 @@ class AllInOne(nn.Module):
                 z = checkpoint(block, z, mask, use_reentrant=False)
             else:
                 z = block(z, mask)                                 # z^d = MLP(MSA(z^{d-1}))
-        z = self.norm(z).unflatten(0, (B, S))                      # (B, S, m+1+n, D)   z^L
+        z = self.norm(z).unflatten(0, (B, S))                      # (B, S, m+1+n, D)
         text, video = z[:, :, :m], z[:, :, m:]
         return video.reshape(video_shape), text
 
@@ -415,8 +427,8 @@ class AllInOne(nn.Module):
 def normalise(video: Tensor) -> Tensor:
     """ImageNet's normalisation (release): uint8 (B, S, 3, H, W) -> float32, mean 0 and deviation 1.
 
-    The numbers stand in the arithmetic, channel by channel, because a tensor of them would have to
-    be copied to the device, or stored with the weights.
+    Mean and deviation are Python's numbers, channel by channel. A tensor of them would need a copy
+    to the device in each pass, or a buffer beside the weights.
     """
     channels = [(channel / 255 - mean) / std
                 for channel, mean, std in zip(video.unbind(2), IMAGE_MEAN, IMAGE_STD)]
@@ -496,6 +508,7 @@ class Block(nn.Module):
             drop1=nn.Dropout(config.dropout),
             fc2=initialised(nn.Linear(4 * D, D), config.init_std),
             drop2=nn.Dropout(config.dropout)))
+        # from 0 in the first block to config.drop_path in the last one
         self.drop_path = config.drop_path * (layer - 1) / max(1, config.depth - 1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -506,25 +519,29 @@ class Block(nn.Module):
         """Stochastic depth: some rows skip the branch. A row is one frame, not a clip (release)."""
         if self.drop_path == 0 or not self.training:
             return x
-        kept_rows = F.dropout(x.new_ones(x.shape[0], 1, 1), self.drop_path)
-        return x * kept_rows
+        # 0 for a row that skips; 1 / (1 - drop_path) for the others, so that the mean stays
+        factors = F.dropout(x.new_ones(x.shape[0], 1, 1), self.drop_path)
+        return x * factors
 
 
-class FullPrecisionLinear(nn.Linear):
-    """A head (Sec. 3.3) that autocast leaves in float32. In bf16 some of 1,000 candidates tie."""
+class Float32Linear(nn.Linear):
+    """A head (Sec. 3.3) that autocast leaves in float32, or in TF32 where the program allows that.
+
+    bf16 is so coarse that some of 1,000 candidates would get equal scores.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        device = "cpu" if x.is_meta else x.device.type
+        device = "cpu" if x.is_meta else x.device.type         # autocast knows no "meta"
         with torch.autocast(device, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
-def answer_head(config: Config) -> nn.Sequential:
+def make_answer_head(config: Config) -> nn.Sequential:
     """Classes from a cls token, (..., D) -> (..., answers), for open-ended QA (Sec. 4.2.1)."""
     D = config.width
 
     def linear(inputs: int, outputs: int) -> nn.Module:
-        return initialised(FullPrecisionLinear(inputs, outputs), config.init_std)
+        return initialised(Float32Linear(inputs, outputs), config.init_std)
 
     if config.answer_head == "linear":                    # the linear probe of Tab. 12
         return nn.Sequential(linear(D, config.answers))
@@ -547,9 +564,9 @@ def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, num_fixed
         roll="release": floor(ratio/2 * n) leading patches move forward, and as many trailing ones
             move backward. The released weights were trained so.
     Which patches move (App. C.2, Tab. 11b):
-        select="block": the frame's top rows (the paper does not say which block).
-        select="random": others in each call.
-        select="varying": a block that depends on `layer`, from 1 to L.
+        select="block": a run of neighbours, the frame's top rows (the paper does not say which).
+        select="random": drawn anew in each call, the same ones in all its frames.
+        select="varying": the next run in each layer; `layer` counts from 1 to L.
 
     tokens: (B*S, num_fixed + n, D) in and out; the first num_fixed tokens (text, cls) never move.
     frames: S. ratio: share of the patches; 0.25 is best in Tab. 8b.
@@ -573,7 +590,7 @@ def token_rolling(tokens: Tensor, frames: int, ratio: float = 0.25, *, num_fixed
         return torch.cat([fixed, rolling, still], 2).flatten(0, 1)
     if select == "random":
         rank = torch.randperm(n, device=tokens.device)             # k of n have a rank below k
-    else:
+    else:                                # layer 1 rolls the first k patches, layer 2 the next k
         rank = (torch.arange(n, device=tokens.device) - (layer - 1) * k) % n
     rolls = F.pad(rank < k, (num_fixed, 0))                        # (num_fixed + n,) bool
     clips = torch.where(rolls[:, None], clips.roll(1, dims=1), clips)
@@ -602,11 +619,11 @@ def channel_shift(tokens: Tensor, frames: int) -> Tensor:
 #   text_ids       (B, m)           the text of each clip; text_mask (B, m) is False at padding
 #   mlm_ids        (B, m)           the same texts with some words masked
 #   mlm_positions  (M,)             where words were chosen, as places in the B*m tokens
-#   mlm_labels     (M,)             the words that stood there; negative: filling, which counts not
-#   vtm_video      (B,)             the clip that each text meets
+#   mlm_labels     (M,)             the words that stood there; a negative label is ignored
+#   vtm_video      (B,)             the row of the clip that each text is paired with
 #   vtm_labels     (B,)             1 if that is the text's own clip, else 0
 #
-# `pretraining_batch` makes one of clips and texts. Objectives need only their own entries.
+# `pretraining_batch` makes one of clips and texts. An objective needs only its own entries.
 
 # Objective -> the heads that it trains. Those that no objective trains are frozen by train.py.
 OBJECTIVES = {
@@ -636,13 +653,13 @@ class Vocabulary:
         self.is_piece = torch.zeros(size, dtype=torch.bool)                # (|V|,)
         for token in never_masked:
             self.can_be_masked[tokens[token]] = False
-        words = []                               # neither [specials] nor the free places [unusedN]
+        replacements = []                        # neither [specials] nor the free places [unusedN]
         for token, token_id in tokens.items():
             if token.startswith("##"):
                 self.is_piece[token_id] = True
             if not (token.startswith("[") and token.endswith("]") and len(token) > 2):
-                words.append(token_id)
-        self.words = torch.tensor(sorted(words))                           # ids of ordinary words
+                replacements.append(token_id)
+        self.replacements = torch.tensor(sorted(replacements))             # words and pieces
 
 
 def mask_words(text_ids: Tensor, vocabulary: Vocabulary, whole_words: bool = False,
@@ -664,7 +681,7 @@ def mask_words(text_ids: Tensor, vocabulary: Vocabulary, whole_words: bool = Fal
         return torch.rand(shape, generator=generator, device=device)
 
     chance = draw()
-    if whole_words:                              # a piece takes the draw of its word's first token
+    if whole_words:                              # all pieces of the k-th word take the k-th draw
         begins = ~vocabulary.is_piece.to(device)[text_ids]
         word_number = (begins.cumsum(-1) - 1).clamp(min=0)
         chance = chance.gather(-1, word_number)
@@ -672,8 +689,8 @@ def mask_words(text_ids: Tensor, vocabulary: Vocabulary, whole_words: bool = Fal
     labels = torch.where(chosen, text_ids, -100)
 
     fate = draw()
-    pick = torch.randint(len(vocabulary.words), shape, generator=generator, device=device)
-    random_words = vocabulary.words.to(device)[pick]
+    pick = torch.randint(len(vocabulary.replacements), shape, generator=generator, device=device)
+    random_words = vocabulary.replacements.to(device)[pick]
     becomes_mask = chosen & (fate < 0.8)
     becomes_random = chosen & (fate >= 0.8) & (fate < 0.9)
     masked = torch.where(becomes_mask, vocabulary.mask_id, text_ids)
@@ -702,12 +719,11 @@ def vtm_pairs(texts: Sequence[Hashable], clips: Sequence[Hashable],
     """VTM, Sec. 3.3: "we randomly replace the paired video with a different video with the
     probability of 0.5".
 
-    The different video is another clip of the batch, chosen among those whose text and clip are
-    both different: a clip of the same words would match after all. If there is none, the text keeps
-    its own clip.
+    The different video is another clip of the batch, of another text too: a clip of the same words
+    would match after all. Where there is no such clip, the text keeps its own.
 
-    texts, clips: one hashable per clip, which tells equal ones. Returns which clip each text meets,
-    and 1 if that is its own, both (B,) int64.
+    texts, clips: something hashable for each clip, equal where the texts or the clips are. Returns
+    the row of the clip that each text is paired with, and 1 where that is its own, both (B,) int64.
     """
     vtm_video, vtm_labels = [], []
     for i in range(len(texts)):
@@ -728,8 +744,9 @@ def pretraining_batch(video: Tensor, text_ids: Tensor, text_mask: Tensor, vocabu
                       ) -> dict[str, Tensor]:
     """A batch for VTM, MLM and VTC (Sec. 3.3) of B clips and their texts.
 
-    video: (B, S, 3, H, W), text_ids and text_mask: (B, m), all on one device. Clips with equal
-    texts never serve as each other's mismatch. generator: a torch.Generator on the CPU, or None.
+    video: (B, S, 3, H, W), text_ids and text_mask: (B, m), all on one device. generator: a
+    torch.Generator on the CPU, or None. Mismatches come from the whole batch. (data.py draws them
+    among 8 neighbours, so that another cut of a step into batches gives the same pairs.)
     """
     device = text_ids.device
     texts = [tuple(ids) for ids in text_ids.tolist()]
@@ -743,9 +760,9 @@ def pretraining_batch(video: Tensor, text_ids: Tensor, text_mask: Tensor, vocabu
 
 
 class Loss(NamedTuple):
-    """An objective on a batch (Sec. 3.3), as sums, so that batches can be added up exactly.
+    """An objective on a batch (Sec. 3.3): sums over its items, so that batches add up exactly.
 
-    Its items are clips or, of MLM, masked words. All three are 0-dimensional tensors.
+    An item is a clip or, of MLM, a masked word. The fields are 0-dimensional tensors.
     """
 
     total: Tensor             # sum of the items' losses; the gradient comes through this one
@@ -769,10 +786,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
 
     logits: (K, classes), labels: (K,); items with a negative label do not count.
     """
-    counts = labels >= 0
-    total = F.cross_entropy(logits.float(), labels.clamp(min=-1), ignore_index=-1, reduction="sum")
-    correct = (logits.argmax(-1) == labels) & counts
-    return Loss(total, counts.sum(), correct.sum())
+    labels = labels.clamp(min=-1)                                  # -100 too becomes -1
+    total = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
+    correct = logits.argmax(-1) == labels
+    return Loss(total, (labels >= 0).sum(), correct.sum())
 
 
 def vtm_loss(logits: Tensor, labels: Tensor) -> Loss:
@@ -829,7 +846,7 @@ def pretraining_scores(model: AllInOne, batch: dict[str, Tensor], objectives: Co
     if texts:
         text = model.embed_text(torch.cat(texts))                  # (2B, m, D)
         mask = batch["text_mask"].repeat(len(texts), 1)
-        features = model.fuse(torch.cat(videos), text, mask)
+        features = model.fuse(torch.cat(videos), text, mask)       # rows of MLM, then of VTM
     if "mlm" in objectives:
         tokens = features.text[:B].flatten(0, 1)                   # (B*m, D)
         tokens = tokens[batch["mlm_positions"]]                    # (M, D)
@@ -855,8 +872,9 @@ def video_embedding(model: AllInOne, video: Tensor) -> Tensor:
 def gather_processes(features: Tensor) -> Tensor:
     """The rows of all W processes, with gradients, for VTC (ours). (B, E) -> (W*B, E).
 
-    Every process computes the loss of all rows. DistributedDataParallel divides gradients by W, so
-    the gradient of a process's own rows is multiplied by W here.
+    Every process computes the loss of all rows. Gradients flow into its own rows alone, and
+    DistributedDataParallel divides them by W when it takes the mean over processes. Multiplied by W
+    here, they add up to the gradient of the whole loss.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return features
@@ -905,7 +923,7 @@ def compute_losses(model: AllInOne, batch: dict[str, Tensor], objectives: Collec
 def count_items(batch: dict[str, Tensor], objective: str) -> Tensor:
     """The `number` that compute_losses will give, known before the pass: (), on the batch's device.
 
-    One mean over several batches, or over several processes, divides each by the number of all.
+    For a mean over several batches, divide each total by the sum of these numbers.
     """
     if objective == "mlm":
         return (batch["mlm_labels"] >= 0).sum()
@@ -938,7 +956,7 @@ def candidate_scores(model: AllInOne, batch: dict[str, Tensor]) -> Tensor:
     text = model.embed_text(batch["option_ids"].flatten(0, 1))     # (B*O, m, D)
     mask = batch["option_text_mask"].flatten(0, 1)                 # (B*O, m)
     first_token = torch.arange(mask.shape[1], device=mask.device) == 0
-    mask = mask | first_token          # attention needs one visible token where there is no text
+    mask = mask | first_token          # "decoupled" lets text see text alone: one must be visible
     logits = model.vtm_head(model.fuse(video, text, mask).pooled)  # (B*O, 2)
     matched = logits[:, 1].view(B, O)
     return matched.masked_fill(~batch["option_mask"], -torch.inf)
@@ -975,38 +993,40 @@ SCORES = {"choice": candidate_scores, "rank": candidate_scores, "qa": answer_sco
 class FactorizedAttention(nn.Module):
     """What "timesformer" and "decoupled" add before a block's joint attention (Tab. 9, Fig. 8).
 
-    timesformer: attention over time, then attention over space, each closed by a Linear. B then has
-        180.8 M parameters (the paper says 180.5).
-    decoupled: text attends to text, and video attends over time and over space. B then has 195.0 M
-        parameters (the paper says 192).
-    App. B.1 says no more. Both change nothing at first, so that ImageNet's weights fit.
+    timesformer: attention over time, then attention over space, each closed by a Linear.
+        All-in-one-B then has 180.8 M parameters (the paper says 180.5).
+    decoupled: text attends to text, and video attends over time and over space.
+        All-in-one-B then has 195.0 M parameters (the paper says 192).
+    App. B.1 says no more. Both add zero at first, so that the model starts as the ViT whose weights
+    it takes.
 
     z: (B*S, m+1+n, D) in and out; either part may have no tokens. mask: as in Attention.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.num_special = 2 if config.distilled else 1
+        self.num_special = config.num_special
         self.time = self.branch(config)
         self.space = self.branch(config)
         self.text = self.branch(config) if config.temporal == "decoupled" else None
 
     @staticmethod
     def branch(config: Config) -> nn.ModuleDict:
-        """LayerNorm, attention and, of timesformer, a Linear; the last layer starts at zero."""
+        """LayerNorm, attention and, of timesformer, a Linear. The layer that ends it is zero."""
         D = config.width
         attention = Attention(config)
         closing = nn.Identity()
-        last = attention.proj
+        ends = attention.proj
         if config.temporal == "timesformer":
-            closing = last = nn.Linear(D, D)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+            closing = nn.Linear(D, D)
+            ends = closing
+        nn.init.zeros_(ends.weight)
+        nn.init.zeros_(ends.bias)
         return nn.ModuleDict({"norm": nn.LayerNorm(D, eps=1e-6), "attn": attention,
                               "last": closing})
 
     @staticmethod
-    def add(branch: nn.ModuleDict, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def add_branch(branch: nn.ModuleDict, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x with the output of a branch added to it."""
         return x + branch["last"](branch["attn"](branch["norm"](x), mask))
 
@@ -1015,14 +1035,14 @@ class FactorizedAttention(nn.Module):
         text, special, patches = z.tensor_split(borders, 1)
         if text_length and self.text is not None:
             text_mask = None if mask is None else mask[..., :text_length]
-            text = self.add(self.text, text, text_mask)
+            text = self.add_branch(self.text, text, text_mask)
         n = patches.shape[1]
         if n == 0:                                                 # a pass of the text alone
             return text
         tubes = patches.unflatten(0, (-1, frames)).transpose(1, 2)           # (B, n, S, D)
-        tubes = self.add(self.time, tubes.flatten(0, 1))                     # (B*n, S, D)
+        tubes = self.add_branch(self.time, tubes.flatten(0, 1))                     # (B*n, S, D)
         patches = tubes.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)  # (B*S, n, D)
-        video = self.add(self.space, torch.cat([special, patches], 1))       # (B*S, 1+n, D)
+        video = self.add_branch(self.space, torch.cat([special, patches], 1))       # (B*S, 1+n, D)
         return torch.cat([text, video], 1)
 
 
@@ -1036,32 +1056,34 @@ def word_patch_transport(text: Tensor, patches: Tensor, text_mask: Tensor
     token before the padding ([SEP]) and the padding take no part.
     Returns the distance (B,) and the plan (B, m, n). The plan sums to 1 and has no gradient.
     """
-    words = text_mask.clone()
-    words[:, 0] = False
+    takes_part = text_mask.clone()
+    takes_part[:, 0] = False
     last_token = text_mask.sum(1, keepdim=True) - 1
-    words.scatter_(1, last_token, False)                           # (B, m)
+    takes_part.scatter_(1, last_token, False)                      # (B, m)
     with torch.autocast(text.device.type, enabled=False):
         text = F.normalize(text.float(), dim=-1, eps=1e-5)
         patches = F.normalize(patches.float(), dim=-1, eps=1e-5)
-        cost = (1 - text @ patches.mT) * words[:, :, None]         # (B, m, n)
-        plan = transport_plan(cost.detach(), words)
+        cost = (1 - text @ patches.mT) * takes_part[:, :, None]    # (B, m, n)
+        plan = transport_plan(cost.detach(), takes_part)
         return (cost * plan).sum((1, 2)), plan
 
 
-def transport_plan(cost: Tensor, words: Tensor, beta: float = 0.5, steps: int = 50) -> Tensor:
+def transport_plan(cost: Tensor, takes_part: Tensor, beta: float = 0.5, steps: int = 50) -> Tensor:
     """IPOT's proximal steps [39], for Sec. 4.6: (B, m, n) costs -> (B, m, n) plan that sums to 1.
 
-    words: (B, m) bool, which rows take part. beta and steps are the release's.
+    takes_part: (B, m) bool, which words do. beta and steps are the release's.
     """
     n = cost.shape[2]
-    m = words.sum(1, keepdim=True).clamp(min=1)                    # (B, 1)
-    kernel = torch.exp(-cost.mT / beta) * words[:, None]           # (B, n, m)
+    num_words = takes_part.sum(1, keepdim=True).clamp(min=1)       # (B, 1)
+    kernel = torch.exp(-cost.mT / beta) * takes_part[:, None]      # (B, n, m)
     plan = torch.ones_like(kernel)
-    sigma = words / m                                              # (B, m)
+    sigma = takes_part / num_words                                 # (B, m)
     for _ in range(steps):
         plan = kernel * plan
-        delta = 1 / (n * (plan @ sigma[:, :, None])).clamp(min=1e-12)        # (B, n, 1)
-        sigma = words / (m * (plan * delta).sum(1)).clamp(min=1e-12)         # (B, m)
+        received = n * (plan @ sigma[:, :, None])                  # (B, n, 1)
+        delta = 1 / received.clamp(min=1e-12)
+        given_away = num_words * (plan * delta).sum(1)             # (B, m)
+        sigma = takes_part / given_away.clamp(min=1e-12)
         plan = delta * plan * sigma[:, None]
     return plan.mT                                                 # (B, m, n)
 
@@ -1085,7 +1107,7 @@ def word_patch_alignment_loss(model: AllInOne, features: Features, batch: dict[s
 # ---- Reading a file of weights -------------------------------------------------------------------
 
 class Placeholder(dict):
-    """Stands for the foreign classes and functions in a pickled file. It does nothing (Tab. 6)."""
+    """Stands for the foreign classes and functions in a pickled file. It does nothing."""
 
     def __init__(self, *_, **__):
         super().__init__()
@@ -1093,7 +1115,7 @@ class Placeholder(dict):
     def __call__(self, *_, **__):
         return Placeholder()
 
-    __setstate__ = append = extend = add = __call__
+    __setstate__ = append = extend = add = __call__      # what unpickling calls on an object
     __hash__ = object.__hash__
 
 
@@ -1152,7 +1174,7 @@ def read_weights(path: str | Path) -> dict:
 
 
 def foreign_format(path: Path) -> str | None:
-    """Why a file cannot be one of torch.save (Tab. 6: files get renamed), or None."""
+    """What a file is that torch.save did not write, for files get renamed; None if it may have."""
     with open(path, "rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -1176,7 +1198,7 @@ def foreign_format(path: Path) -> str | None:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Weights of a .safetensors file (Tab. 6: timm's files today): its header is JSON, then bytes.
+    """Weights of a .safetensors file, as timm offers them: a header of JSON, then the numbers.
 
     ValueError if it is damaged, or holds a type of numbers that weights do not have.
     """
@@ -1207,7 +1229,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def bare_weights(content: dict) -> dict[str, Tensor]:
-    """The weights inside a training checkpoint, under their own names (Tab. 6).
+    """The weights inside a training checkpoint, under their own names.
 
     DeiT wraps them in "model", timm and Lightning in "state_dict". DistributedDataParallel puts
     "module." before every name, and some trainers put "model.".
@@ -1220,6 +1242,13 @@ def bare_weights(content: dict) -> dict[str, Tensor]:
         if content and all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
     return content
+
+
+def open_weights(source: str | Path | dict) -> tuple[dict[str, Tensor], str]:
+    """(the weights, what errors call them) of a path, or of what read_weights gave for it."""
+    if isinstance(source, dict):
+        return bare_weights(source), "the weights"
+    return bare_weights(read_weights(source)), str(source)
 
 
 # ---- Loading weights into a model ----------------------------------------------------------------
@@ -1258,11 +1287,11 @@ def load_weights(model: AllInOne, weights: dict[str, Tensor], source: str | Path
 def resize_positions(name: str, table: Tensor, target: Tensor) -> Tensor:
     """A table of positions in the shape of `target` (Tab. 2a, Fig. 9), others as they came.
 
-    Spatial positions are interpolated on their grid, as in timm. Of frames and of text positions
-    the rows that the file lacks keep the model's own values.
+    Spatial positions are interpolated on their grid, as in timm. Rows of frames or of text
+    positions that the file lacks keep the model's values.
     """
-    if name == "pos_embed":                                        # (1, cls + n, D)
-        side = math.isqrt(table.shape[1])
+    if name == "pos_embed":                                        # (1, 1+n, D) or (1, 2+n, D)
+        side = math.isqrt(table.shape[1])                          # the root of n: 1 or 2 is less
         target_side = math.isqrt(target.shape[1])
         special, grid = table.tensor_split([table.shape[1] - side * side], 1)
         grid = grid.mT.unflatten(-1, (side, side)).float()         # (1, D, H/P, W/P)
@@ -1285,14 +1314,11 @@ def load_vit(model: AllInOne, source: str | Path | dict) -> dict[str, list[str]]
     source: the path of a timm or DeiT file, or the dictionary that read_weights gave for it.
     Returns the report of load_weights. ValueError for unknown, missing or misfit tensors.
     """
-    is_path = not isinstance(source, dict)
-    content = read_weights(source) if is_path else source
-    called = str(source) if is_path else "the weights"
-    weights = bare_weights(content)
+    weights, called = open_weights(source)
     current = model.state_dict()
-    classifier = ("head.", "head_dist.", "pre_logits.", "pos_embed")   # Tab. 10: pos_embed may go
+    optional = ("head.", "head_dist.", "pre_logits.", "pos_embed")     # Tab. 10 has no pos_embed
     backbone = ("cls_token", "dist_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-    unknown = [name for name in weights if name not in current and not name.startswith(classifier)]
+    unknown = [name for name in weights if name not in current and not name.startswith(optional)]
     missing = [name for name in current if name not in weights and name.startswith(backbone)]
     if unknown or missing:
         examples = ", ".join((unknown + missing)[:3])
@@ -1329,16 +1355,14 @@ def load_release(source: str | Path | dict, heads: int | None = None, **override
         such as frames. Their shuffled patches are one: patch_order="random".
     Returns (model, report of load_weights). ValueError for a file of something else.
     """
-    is_path = not isinstance(source, dict)
-    content = read_weights(source) if is_path else source
-    called = str(source) if is_path else "the weights"
-    weights = rename_release(bare_weights(content))
+    weights, called = open_weights(source)
+    weights = rename_release(weights)
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", WORDS, TEXT_POSITIONS)
     missing = [name for name in needed if name not in weights]
     if missing:
         raise ValueError(f"{called}: not a released All-in-one checkpoint, which has {missing[0]}; "
                          "weights of ViT or DeiT are loaded by load_vit")
-    # BERT's own table of types adds its row 0 to every token. Positions can carry it.
+    # BERT adds row 0 of its own table of types to every token. We add it to the positions.
     bert_types = weights.pop("text_embeddings.token_type_embeddings.weight", None)
     if bert_types is not None:
         weights[TEXT_POSITIONS] = weights[TEXT_POSITIONS] + bert_types[0]
@@ -1364,8 +1388,7 @@ def release_config(weights: dict[str, Tensor], heads: int | None) -> dict:
     distilled = "dist_token" in weights
     width = weights["cls_token"].shape[-1]
     patch_size = weights["patch_embed.proj.weight"].shape[-1]
-    num_special = 2 if distilled else 1
-    grid_side = math.isqrt(weights["pos_embed"].shape[1] - num_special)
+    grid_side = math.isqrt(weights["pos_embed"].shape[1])          # the root of n: 1 or 2 is less
     # All-in-one-S, which is distilled, has temporal positions in its file but never used them.
     temporal = None if distilled else weights.get("temporal_embed")
     fields = dict(
