@@ -4536,7 +4536,7 @@ def test_a_recipes_batch_fits_the_data(samples, world, batch):
 def test_a_batch_cut_to_the_data_is_said(clips, whole_run, tmp_path):
     printed = run(train, "--task", "retrieval", "--data", clips / "retrieval.jsonl", "--init",
                   whole_run / "checkpoint.pt", "--workers", 0, "--epochs", 1, "--out", tmp_path)
-    assert "7 samples are less than the recipe's batch of 256: a step has 7 clips" in printed
+    assert "7 samples are less than a batch of 256: a step has 7 clips" in printed
 
 
 def test_samples_that_repeat_are_said(clips, tmp_path):

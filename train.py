@@ -3,12 +3,13 @@
     python train.py --task pretrain                            # proof run: toy clips, two CPU cores
     torchrun --nproc_per_node=8 train.py --task pretrain --data webvid/train.jsonl
 
-From top to bottom: what each task trains (TASKS) and all flags (TrainConfig), the folder of a run
-(Run), what the loop calls, the loop (Trainer), the linear probe, which trains one layer only.
+From top to bottom: what each task trains (TASKS), all flags (TrainConfig), the folder of a run
+(Run), the set-up, what the loop calls, the loop (Trainer.train), the linear probe, which trains one
+layer only, the command line.
 
-One process is a world of one: both commands above run the same code. Batches, dropout, masks and
-negatives are functions of the seed, the step and the rank. A run that was killed therefore ends
-with the same bits when the same command starts it again.
+Both commands above run the same code: without torchrun it is a process group of one process.
+Batches, dropout, masks and negatives are functions of the seed, the step and the rank. A run that
+was killed therefore ends with the same bits when the same command starts it again.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def toy_files(task: str) -> dict:
             "init": "runs/pretrain/checkpoint.pt"}
 
 
-FINE_TUNING = dict(epochs=20, batch=256)       # Sec. 4.1.2: all downstream tasks
+FINE_TUNING = dict(epochs=20, batch=256)       # Sec. 4.1.2; VCR: --epochs 100 --batch 512
 
 TASKS = {
     "pretrain": Task(                          # Sec. 3.3
@@ -76,7 +77,8 @@ TASKS = {
     "retrieval": Task(                         # Sec. 4.2.2
         objectives=("vtc", "vtm", "rank"),
         heads=("pooler", "vtm_head"),
-        # 8 clips in one forward pass: "rank" joins each with 16 captions
+        # "rank" stands for the paper's VTM, which it does not describe further (release). It joins
+        # each clip with 16 captions: 8 clips make a forward pass of usual size.
         paper=dict(FINE_TUNING, objectives=("vtc", "rank"), batch_per_gpu=8),
         release=dict(batch=1024, epochs=200, lr=3e-4),       # DiDeMo: lr 6e-4 and 80 tokens
         toy=dict(toy_files("retrieval"), steps=300, batch=8, batch_per_gpu=8,    # 8 meanings
@@ -103,9 +105,11 @@ TASKS = {
 RELEASE = dict(  # --recipe release, for every task
     beta2=0.98, roll="release", roll_unimodal=False, patch_order="random")
 
-TOY = dict(  # without --data, for every task: a model for two CPU cores, order from rolling alone
-    variant="nano", image_size=48, temporal_position=False, dropout=0.0, drop_path=0.0,
-    vocab="train", epochs=0, batch=16, batch_per_gpu=16, lr=1e-3, workers=1, save_every=200)
+TOY = dict(  # without --data, for every task: a small model for two CPU cores
+    variant="nano", image_size=48, dropout=0.0, drop_path=0.0, vocab="train",
+    temporal_position=False,                   # so that only rolling can tell the order of frames
+    epochs=0,                                  # --steps counts, not the epochs of FINE_TUNING
+    batch=16, batch_per_gpu=16, lr=1e-3, workers=1, save_every=200)
 
 OBJECTIVE_WEIGHTS = {"wpa": 0.1}    # release; all other objectives count once
 
@@ -127,8 +131,8 @@ class TrainConfig:
     out: str = ""
     # manifests to score when training ends
     val: tuple[str, ...] = ()
-    # clips of a step on all GPUs together, a multiple of their number; 0: the recipe's batch
-    # (fine-tuning 256, Sec. 4.1.2), else batch_per_gpu on each GPU
+    # clips of a step on all GPUs together, a multiple of their number; 0: fine-tuning has 256
+    # (Sec. 4.1.2; VCR: 512), pre-training batch_per_gpu on each GPU
     batch: int = 0
     # optimiser steps of the whole run (Sec. 4.1.2; Ti: 100000)
     steps: int = 200_000
@@ -190,7 +194,7 @@ class TrainConfig:
     boxes: bool = True
     # seed of all randomness
     seed: int = 0
-    # most steps between two lines of the log, of which a run has ten or more
+    # steps between two lines of the log; short runs have fewer, so that they have ten lines
     log_every: int = 50
     # steps between two checkpoints
     save_every: int = 1000
@@ -198,7 +202,8 @@ class TrainConfig:
     timeout: float = 120
 
 
-CHANGEABLE = {  # flags that may differ when a run goes on
+CHANGEABLE = {  # flags that may differ when a run goes on: they do not change what a step computes,
+    # or it is plain from which step on they do
     "out", "val", "val_every", "workers", "log_every", "save_every", "timeout", "epochs", "lr",
     "steps", "batch_per_gpu"}
 
@@ -215,8 +220,9 @@ def recipe_of(task: str, recipe: str) -> dict:
 def configure(argv: list[str] | None = None) -> tuple[TrainConfig, dict, dict]:
     """Reads the command line. DataError for flags that do not go together.
 
-    Returns how to train, the Config fields of a new model, and the Config fields that were asked
-    for by flag or recipe. The last are laid over those of a checkpoint that --init names.
+    Returns how to train, the Config fields of a new model, and the fields that flags or the recipe
+    name. The last are laid over the Config of a checkpoint that --init names; --variant is among
+    them, so that build_model can refuse it beside such a checkpoint.
     """
     parser = argparse.ArgumentParser(
         description="Pre-train or fine-tune All-in-one. Without --data: the proof run, on toy "
@@ -289,7 +295,8 @@ class Run:
     state: what a checkpoint holds beside weights. "step": steps done. "clips": (manifests, 2),
         clips read and unreadable ones. "window": sums since the last line of the log. "best":
         best score of --val.
-    content: the checkpoint that the folder holds, until `resume` has taken it up.
+    content: the checkpoint that the folder holds, until `resume` has taken it up. Its keys are
+        those of `describe` and of `parts` (model, optimizer, scaler), "state" and "log".
     """
 
     def __init__(self, out: str):
@@ -298,16 +305,16 @@ class Run:
         self.state = {"step": 0, "window": {}}
         self.log = {"bytes": 0, "curve": []}     # length of log.jsonl, and its losses
         self.content = None
-        self.readable = None                     # newest checkpoint that can be read
-        self.unreadable = []                     # clips that the latest such step could not read
+        self.whole_checkpoint = None             # path of the newest checkpoint that can be read
+        self.recent_unreadable = []              # clips that could not be read, of the latest step
         self.terminated = False                  # SIGTERM has come
         self.parent = os.getppid()
         if self.is_main:
             self.lock_folder()
             self.read_checkpoint()
-        box = [self.content]
-        dist.broadcast_object_list(box)
-        self.content = box[0]
+        contents = [self.content]                # the function takes a list
+        dist.broadcast_object_list(contents)
+        self.content = contents[0]
 
     def lock_folder(self) -> None:
         """DataError if another process trains into the folder."""
@@ -331,7 +338,7 @@ class Run:
                 continue
             if "config" in content and "log" in content:
                 self.content = content
-                self.readable = path
+                self.whole_checkpoint = path
                 return
         if paths:
             raise DataError(f"no checkpoint of train.py in {self.folder} can be read: remove them, "
@@ -368,10 +375,12 @@ class Run:
             if was != is_now:
                 texts = changes if name in CHANGEABLE else conflicts
                 texts.append(f"{name} was {was}, now {is_now}")
-        for (name, *was), (_, *is_now) in zip(before["data"], now["data"]):
-            if was != is_now:
-                conflicts.append("{} had {} lines of checksum {:08x}, now {} of {:08x}".format(
-                    name, *was, *is_now))
+        for manifest, manifest_now in zip(before["data"], now["data"]):
+            name, lines, checksum = manifest
+            _, lines_now, checksum_now = manifest_now
+            if (lines, checksum) != (lines_now, checksum_now):
+                conflicts.append(f"{name} had {lines} lines of checksum {checksum:08x}, now "
+                                 f"{lines_now} of {checksum_now:08x}")
         if now["steps"] < before["state"]["step"]:
             conflicts.append(f"it is past step {now['steps']}")
         if conflicts:
@@ -410,20 +419,23 @@ class Run:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if path == self.readable and path.exists():     # never keep one that is damaged
-                self.readable = path.replace(self.folder / "checkpoint.previous.pt")
+            # The checkpoint before stays, under another name, unless it could not be read.
+            if path == self.whole_checkpoint and path.exists():
+                previous = self.folder / "checkpoint.previous.pt"
+                path.replace(previous)
+                self.whole_checkpoint = previous
             partial.replace(path)
-            save_curves(self.folder / "curve.png", self.log["curve"])
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
             raise OSError(f"{path}: cannot save ({error}){self.last_checkpoint()}") from error
         if name == "checkpoint.pt":
-            self.readable = path
+            self.whole_checkpoint = path
+        save_curves(self.folder / "curve.png", self.log["curve"])
 
     def last_checkpoint(self) -> str:
         """The end of an error's sentence: from which checkpoint the run can go on."""
-        if self.readable and self.readable.exists():
-            return f"; {self.readable} is whole"
+        if self.whole_checkpoint and self.whole_checkpoint.exists():
+            return f"; {self.whole_checkpoint} is whole"
         return ""
 
     def is_due(self, every: int) -> bool:
@@ -437,9 +449,9 @@ class Run:
 
     def stop_on_sigterm(self) -> None:
         """From now on SIGTERM lets the step end and a checkpoint be written."""
-        def note(*_) -> None:
+        def remember(*_) -> None:
             self.terminated = True
-        signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGTERM, remember)
 
     def count_clips(self, read: Tensor, unreadable: list[str]) -> None:
         """Adds (manifests, 2) clips read and unreadable ones, which the log names.
@@ -448,14 +460,14 @@ class Run:
         """
         self.state["clips"] += read
         if unreadable:
-            self.unreadable = unreadable
+            self.recent_unreadable = unreadable
             self.write(unreadable=unreadable)
         good, bad = self.state["clips"].sum(0).tolist()
         if good + bad >= 100 and bad > (good + bad) / 10:
             raise ValueError(
                 f"{bad:.0f} of {good + bad:.0f} clips cannot be read, above 1 in 10, such as "
-                f"{'; '.join(self.unreadable[-3:])}. To train on the others: python data.py check "
-                "MANIFEST, which names all of these and writes MANIFEST.clean.jsonl")
+                f"{'; '.join(self.recent_unreadable[-3:])}. To train on the others: python data.py "
+                "check MANIFEST, which names all of these and writes MANIFEST.clean.jsonl")
 
 
 # ---- Set-up: model, data, optimiser --------------------------------------------------------------
@@ -531,7 +543,10 @@ def set_trained(model: AllInOne, config: TrainConfig) -> None:
     for task in TASKS.values():
         heads.update(task.heads)
     for objective in config.objectives:
-        heads.difference_update(OBJECTIVES.get(objective, TASKS[config.task].heads))
+        trained = TASKS[config.task].heads
+        if objective in OBJECTIVES:
+            trained = OBJECTIVES[objective]
+        heads.difference_update(trained)
     names = [f"{name}." for name, _ in model.named_parameters()]
     for part in config.freeze:
         if not any(name.startswith(f"{part}.") for name in names):
@@ -578,19 +593,18 @@ class Layout(NamedTuple):
 def split_batch(config: TrainConfig, samples: int, world: int) -> Layout:
     """The fewest equal micro-batches, of whole groups of 8 clips if that can be.
 
-    VTM draws its pairs within 8 clips. A batch that only the recipe asks for is cut to the number
-    of samples. One that --batch asks for is not: samples then repeat (warn_of_repeats).
+    VTM draws its pairs within 8 clips. A batch that --batch does not give is cut to the number of
+    samples. One that it gives is not: samples then repeat (warn_of_repeats).
     DataError if clips cannot be shared out, or if VTM would have single clips.
     """
     recipe = recipe_of(config.task, config.recipe)
     batch = config.batch or recipe.get("batch") or config.batch_per_gpu * world
     if samples < batch and not config.batch:
-        unit = 2 * world if "vtm" in config.objectives else world
+        multiple_of = 2 * world if "vtm" in config.objectives else world
         if samples >= 8 * world:
-            unit = 8 * world
-        fewer = max(samples // unit, 1) * unit
-        print_main(f"{samples} samples are less than the recipe's batch of {batch}: a step has "
-                   f"{fewer} clips")
+            multiple_of = 8 * world
+        fewer = max(samples // multiple_of, 1) * multiple_of
+        print_main(f"{samples} samples are less than a batch of {batch}: a step has {fewer} clips")
         batch = fewer
     if batch % world:
         raise DataError(f"--batch {batch} does not divide among {world} processes: use a multiple")
@@ -608,7 +622,7 @@ def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
     """Learning rate of a step, counted from 0 (Sec. 4.1.2).
 
     It rises linearly over `warmup` (a share of the steps or, above 1, their number), then falls
-    linearly to 0, which the step after the last would have.
+    linearly, and reaches 0 one step after the last.
     """
     rise = max(1, round(warmup * steps if warmup <= 1 else warmup))
     return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
@@ -632,7 +646,8 @@ def describe(config: TrainConfig, overrides: dict, layout: Layout, steps: int, m
     """What a checkpoint and the log's first line tell about a run; "config" decides if it is the
     same run (Run.compare)."""
     flags = {**asdict(config), **overrides, "batch": layout.batch}
-    if len(manifest.sizes) > 1:            # each micro-batch reads one manifest
+    if len(manifest.sizes) > 1:
+        # Each micro-batch reads one manifest, so that another size would read other clips.
         flags["clips of a micro-batch"] = layout.micro_batch
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                             capture_output=True)           # "" where there is none
@@ -669,14 +684,14 @@ class MicroBatch(NamedTuple):
 def to_device(batch: dict, objectives: tuple[str, ...], device: torch.device) -> MicroBatch:
     """Sends a batch of data.collate to the device, without waiting until it is there.
 
-    What the host must know is counted before: to ask the device for it would mean to wait.
+    Items are counted on the CPU, before: to read the counts back from a GPU would mean to wait.
     """
     items = {name: int(count_items(batch, name)) for name in objectives}
     tensors = {}
     for name, value in batch.items():
         if not isinstance(value, Tensor):
             continue
-        if device.type == "cuda":              # copies from other memory than pinned one block
+        if device.type == "cuda":              # only a copy from pinned memory does not wait
             value = value.pin_memory()
         tensors[name] = value.to(device, non_blocking=True)
     return MicroBatch(tensors, items, int(batch["manifest_id"][0]), batch["source_line"],
@@ -778,7 +793,7 @@ class Progress:
         sums["grad_norm"] = torch.tensor([[norm, 1.0]], dtype=torch.float64)
         window = self.run.state["window"]
         for name, table in sums.items():
-            if table.isfinite().all():       # fp16: a step that overflows is left out
+            if table.isfinite().all():       # grad_norm of a step that overflows fp16 is not
                 window[name] = window.get(name, 0) + table
         if self.run.is_due(self.every) or self.run.state["step"] == self.steps:
             self.write(lr)
@@ -853,12 +868,13 @@ def progress_line(step: int, steps: int, record: dict, speed: dict) -> str:
         parts.append(f"{speed['unreadable']} unreadable")
     while len(" ".join(parts)) > 100:
         parts.pop()
-    line = "  ".join(parts)
-    return line if len(line) <= 100 else " ".join(parts)
+    if len("  ".join(parts)) > 100:
+        return " ".join(parts)
+    return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:
-    """A time in its largest unit of which there are two or more, in seven characters."""
+    """A time in seven characters: hours or minutes from two up, else the smaller unit."""
     for unit, name in ((3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}".rjust(7)
@@ -915,7 +931,7 @@ def validate(progress: Progress, config: TrainConfig, configs: list[EvalConfig],
              tokenizer: Tokenizer, answers: list[str] | None, device: torch.device) -> None:
     """Scores each manifest of --val. With --val_every, the best checkpoint is kept as best.pt.
 
-    The best one has the highest mean over the manifests of their mean over all samples.
+    The score is the mean of each sample's first metric over a manifest, then over the manifests.
     """
     run = progress.run
     start = time.monotonic()
@@ -983,7 +999,6 @@ class Trainer:
             # Forward and backward of a whole micro-batch, without a graph break. The first text
             # length gets a graph of its own, the second one a graph for all lengths.
             self.losses.compile(fullgraph=True)
-        # DDP would also send buffers before each forward pass, but the model has none
         self.ddp = DistributedDataParallel(self.losses, gradient_as_bucket_view=True)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.checked_manifests = set()
@@ -1004,16 +1019,17 @@ class Trainer:
             self.clips.manifest.sizes, layout.batch, config.seed, self.rank, self.world,
             self.run.state["step"], layout.accumulation_steps, self.steps, config.mix)
         warn_of_repeats(sampler, self.clips.manifest)
-        # VTM's pairs are drawn within 8 (4, 2) neighbours: as many as divide any layout
-        group = layout.micro_batch
-        if group % 2 == 0:
-            group = math.gcd(group, 8)
-        merge = functools.partial(collate, clips=self.clips, group=group)
-        two_steps = 2 * layout.micro_batch * layout.accumulation_steps       # of this process
-        return load(self.clips, sampler, merge, config.workers, config.timeout, two_steps)
+        # VTM's pairs are drawn among 8 neighbours (4 or 2 where 8 does not divide a micro-batch).
+        # Micro-batches of another size then give the same pairs. An odd micro-batch is one group.
+        pair_group = layout.micro_batch
+        if pair_group % 2 == 0:
+            pair_group = math.gcd(pair_group, 8)
+        make_batch = functools.partial(collate, clips=self.clips, group=pair_group)
+        clips_ahead = 2 * layout.micro_batch * layout.accumulation_steps      # two steps
+        return load(self.clips, sampler, make_batch, config.workers, config.timeout, clips_ahead)
 
     def fetch(self, stream: Iterator[dict]) -> list[MicroBatch]:
-        """The next step's micro-batches, on their way to the device. None after the last step."""
+        """The next step's micro-batches, on their way to the device; an empty list at the end."""
         start = time.monotonic()
         micro_batches = []
         for batch in itertools.islice(stream, self.layout.accumulation_steps):
@@ -1024,7 +1040,12 @@ class Trainer:
         return micro_batches
 
     def train(self) -> bool:
-        """The loop. Returns whether the run came to its end, rather than being stopped."""
+        """The loop. Returns whether the run came to its end, rather than being stopped.
+
+        A step is: the learning rate, then for each micro-batch a forward and a backward pass, which
+        add up gradients; then the sums of losses over all processes, the update of the weights, a
+        line of the log, and where they are due, validation and a checkpoint.
+        """
         run, config = self.run, self.config
         run.stop_on_sigterm()
         stream = self.stream()
@@ -1152,7 +1173,8 @@ class Trainer:
             raise ValueError(f"step {step}: gradients overflow fp16 at any scale; use bf16 or fp32")
 
     def unreadable(self, sums: dict[str, Tensor], micro_batches: list[MicroBatch]) -> list[str]:
-        """What this step could not read, on any process."""
+        """What this step could not read, on any process. The sums are of all processes, so that
+        either all of them come to gather, or none."""
         if not sums["clips"][:, 1].any():
             return []
         lines = []
@@ -1195,9 +1217,10 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
                  device: torch.device) -> bool:
     """Linear probe (Tab. 12, App. D.1): one linear layer on the video's cls token.
 
-    All else is frozen. So each clip's feature is computed once, without augmentation (ours), and
-    kept in features.pt. The layer is so small that each process trains the whole of it, on the same
-    batches. Returns whether the run came to its end, rather than being stopped.
+    It has a loop of its own, because all else is frozen: each clip's feature is computed once,
+    without augmentation (ours), and kept in features.pt. The layer is so small that each process
+    trains the whole of it, on the same batches. Returns whether the run came to its end, rather than
+    being stopped.
     """
     # ---- Model
     run = Run(config.out)
@@ -1244,7 +1267,7 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
         torch.manual_seed(hash64(config.seed, step))           # of dropout in the layer, if any
         sums = {"clips": torch.zeros(len(sizes), 2, dtype=torch.float64)}
         micro_batches = list(itertools.islice(stream, layout.accumulation_steps))
-        samples_of_step = [sample for sample, _ in itertools.chain(*micro_batches)]
+        samples_of_step = [sample for sample, _visit in itertools.chain(*micro_batches)]
         known = (labels[samples_of_step] >= 0).sum().clamp(min=1)
         for visits in micro_batches:
             rows = [sample for sample, _ in visits]
