@@ -1219,8 +1219,8 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
 
     It has a loop of its own, because all else is frozen: each clip's feature is computed once,
     without augmentation (ours), and kept in features.pt. The layer is so small that each process
-    trains the whole of it, on the same batches. Returns whether the run came to its end, rather than
-    being stopped.
+    trains the whole of it, on the same batches. Returns whether the run came to its end, rather
+    than being stopped.
     """
     # ---- Model
     run = Run(config.out)
