@@ -365,12 +365,13 @@ class Scorer:
     def micro_batches(self, indices, size: int) -> list[list[tuple[int, int]]]:
         """This process's share of the samples `indices`, as lists of (sample, visit).
 
-        A micro-batch holds at most `size` neighbours of one manifest.
+        A micro-batch holds neighbours of one manifest: `size` of them, or a little more. A model
+        that draws at random gets the fewest, so that its seeds do not depend on `size`.
         """
-        if self.draws_at_random:
-            size = 1                                   # each clip gets a seed of its own
-        elif self.config.task == "pretrain":
-            size = 8 * math.ceil(size / 8)             # VTM's pairs are drawn among 8 neighbours
+        group = 1
+        if self.config.task == "pretrain":
+            group = 8                                  # VTM's pairs are drawn among 8 neighbours
+        size = group if self.draws_at_random else group * math.ceil(size / group)
         batches = []
         manifest = self.clips.manifest
         for end, lines in zip(manifest.ends, manifest.sizes):
@@ -455,7 +456,9 @@ class Scorer:
         features = []
         for batch, views in self.read(indices):
             with half_precision(self.device):
-                features += zip(batch["index"].tolist(), encode(self.model, views[0]).cpu())
+                encoded = encode(self.model, views[0]).cpu()
+            for i, feature in zip(batch["index"].tolist(), encoded):
+                features.append((i, feature.clone()))  # else each row pickles its whole batch
         return gather_objects(features)
 
     def features_key(self, name: str) -> str:
@@ -754,11 +757,11 @@ def encode_sides(scorer: Scorer) -> tuple[Side, Side, list[tuple[int, ...]]]:
         text = text_embedding(scorer.model, views[0]["text_ids"], views[0]["text_mask"]).cpu()
         for b in range(len(batch["source_line"])):
             row = describe(batch, b)
-            row["video"] = video[b].cpu()              # (E,)
+            row["video"] = video[b].cpu().clone()      # (E,); a view would pickle the whole batch
             row["captions"] = []
             for t in (batch["text_clip"] == b).nonzero().flatten().tolist():
                 ids = batch["text_ids"][t][batch["text_mask"][t]]
-                row["captions"].append((tuple(ids.tolist()), text[t]))
+                row["captions"].append((tuple(ids.tolist()), text[t].clone()))
             rows.append(row)
     return sides_of(in_order(rows))
 
@@ -1690,33 +1693,39 @@ def search_times(config: Config, device: torch.device) -> list[dict]:
 
 # ---- Command line -------------------------------------------------------------------------------
 
-def check_flags(config: EvalConfig, parser: argparse.ArgumentParser) -> None:
-    """Ends the program with one line if flags do not go together."""
+TASKS_ON_VIDEOS = (*VIDEO_TASKS, "search")
+
+# The tasks that a flag is for; the flags that are not listed are for all tasks.
+USED_BY = {"data": MANIFEST_TASKS, "views": MANIFEST_TASKS, "bootstrap": MANIFEST_TASKS,
+           "objectives": ("pretrain",), "rerank": ("retrieval", "search"),
+           "video": TASKS_ON_VIDEOS, "text": TASKS_ON_VIDEOS, "window": TASKS_ON_VIDEOS,
+           "out": TASKS_ON_VIDEOS, "blind": ("fill",), "block": ("explain",),
+           "baseline": ("attention",), "index": ("search",), "top": ("search",)}
+
+
+def check_flags(config: EvalConfig) -> None:
+    """ValueError if flags do not go together."""
     task = config.task
-    on_videos = task in VIDEO_TASKS or task == "search"
-    if task == "profile":
-        return
-    if not on_videos and task not in MANIFEST_TASKS:
-        tasks = [*MANIFEST_TASKS, *VIDEO_TASKS, "search", "profile"]
-        parser.error(f"--task {task}: expected one of {', '.join(tasks)}")
-    if on_videos and not config.video:
-        parser.error(f"--task {task} needs --video FILE or FOLDER")
-    if not on_videos and not config.data:
-        parser.error(f"--task {task} needs --data MANIFEST")
-    if on_videos and task != "attention" and not any(config.text):
-        parser.error(f"--task {task} needs --text")
+    tasks = [*MANIFEST_TASKS, *TASKS_ON_VIDEOS, "profile"]
+    if task not in tasks:
+        raise ValueError(f"--task {task}: expected one of {', '.join(tasks)}")
+    for name, users in USED_BY.items():
+        if getattr(config, name) != getattr(EvalConfig, name) and task not in users:
+            raise ValueError(f"--{name} is for --task {', '.join(users)}, not for {task}")
+    if task in TASKS_ON_VIDEOS and not config.video:
+        raise ValueError(f"--task {task} needs --video FILE or FOLDER")
+    if task in MANIFEST_TASKS and not config.data:
+        raise ValueError(f"--task {task} needs --data MANIFEST")
+    if task in TASKS_ON_VIDEOS and task != "attention" and not any(config.text):
+        raise ValueError(f"--task {task} needs --text")
     if task == "fill" and "[MASK]" not in config.text[0]:
-        parser.error("--task fill needs a [MASK] in --text")
+        raise ValueError("--task fill needs a [MASK] in --text")
     if len(config.text) > 1 and task not in ("match", "search"):
-        parser.error("several --text are for --task match and search")
+        raise ValueError("several --text are for --task match and search")
     if min(config.batch, config.views, config.top) < 1:
-        parser.error("--batch, --views and --top must be 1 or more")
+        raise ValueError("--batch, --views and --top must be 1 or more")
     if min(config.rerank, config.bootstrap, config.window, config.workers) < 0:
-        parser.error("--rerank, --bootstrap, --window and --workers must be 0 or more")
-    if config.rerank and task not in ("retrieval", "search"):
-        parser.error("--rerank is for --task retrieval and search")
-    if config.baseline and task != "attention":
-        parser.error("--baseline is for --task attention")
+        raise ValueError("--rerank, --bootstrap, --window and --workers must be 0 or more")
 
 
 def run_of(task: str) -> str:
@@ -1837,8 +1846,8 @@ def main(argv: list[str] | None = None) -> None:
               MODEL_FLAGS)
     flags = given_flags(parser, argv)
     config = EvalConfig(**{name: flags[name] for name in flags if name not in MODEL_FLAGS})
-    check_flags(config, parser)
     with joined_processes() as device:
+        check_flags(config)
         if config.task == "profile":
             sizes = {name: flags[name] for name in MODEL_FLAGS if name in flags}
             return profile(sizes, config.batch, device)

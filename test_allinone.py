@@ -5781,6 +5781,32 @@ def test_random_draws_do_not_depend_on_the_batch(flag, films, checkpoint, tmp_pa
     assert small == large
 
 
+def test_random_draws_leave_mismatched_pairs(films, checkpoint, tmp_path):
+    small, large = (results_of("pretrain", [films / "train.jsonl"], checkpoint, tmp_path / "r",
+                               "--roll_select", "random", "--batch", n) for n in (3, 16))
+    assert {result["label"] for result in small if result["kind"] == "VTM"} == {0, 1}
+    assert small == large
+
+
+def test_what_processes_exchange_is_rows(films, checkpoint, monkeypatch):
+    """A view of a batch would be pickled with the whole batch."""
+    sizes = []
+    gather = eval.gather_objects
+    def measured(objects):
+        sizes.append(len(pickle.dumps(objects)))
+        return gather(objects)
+    monkeypatch.setattr(eval, "gather_objects", measured)
+    model, clips = open_model(checkpoint, films / "retrieval.jsonl", "retrieval")
+    E = model.config.vtc_dim
+    with eval.joined_processes() as device, torch.no_grad():
+        scorer = eval.Scorer(model, clips, eval.EvalConfig("retrieval", workers=0), device)
+        scorer.encode_clips(range(8), eval.video_cls)
+        eval.encode_sides(scorer)
+    print(sizes, E)
+    assert sizes[0] < 8 * (4 * 32 + 1000)                      # a cls token of each of 8 clips
+    assert sizes[1] < 8 * 3 * (4 * E + 1000)                   # a clip and two captions
+
+
 @pytest.mark.parametrize("task, flags, count, drawn", [
     ("retrieval", ["--rerank", 3, "--batch", 3], 21, 0), ("choice", ["--batch", 3], 7, 0),
     ("pretrain", [], 7, 0), ("explain", ["--text", "white [MASK] while red"], 7, 7),
@@ -5795,9 +5821,13 @@ def test_two_processes_find_what_one_finds(task, flags, count, drawn, films, che
     (tmp_path / "m.jsonl").write_text(json_lines({**lines[0], "video": "absent.mp4"}, *lines))
     flags = ["--task", task, "--checkpoint", checkpoint, "--workers", 0, *flags,
              "--data" if is_scored else "--video", tmp_path / "m.jsonl"]
-    printed = run(eval, *flags, "--json", tmp_path / "1.jsonl", "--out", tmp_path / "1")
-    Started(tmp_path / "out.txt", "eval.py", *flags, "--json", tmp_path / "2.jsonl",
-            "--out", tmp_path / "2", processes=2).wait()       # two does not divide the clips
+    flags_of = {}
+    for n in "12":
+        out = [] if is_scored else ["--out", tmp_path / n]
+        flags_of[n] = [*flags, "--json", tmp_path / f"{n}.jsonl", *out]
+    printed = run(eval, *flags_of["1"])
+    Started(tmp_path / "out.txt", "eval.py", *flags_of["2"],
+            processes=2).wait()                                # two does not divide the clips
     in_two = (tmp_path / "out.txt").read_text()
     numbers = [re.findall(r"^[^:]*\d\.\d[^:]*$", text, re.M) for text in (printed, in_two)]
     assert numbers[0] == numbers[1] and in_two.count("absent.mp4") == 1        # never replaced
@@ -5887,16 +5917,29 @@ def test_the_objectives_of_training_are_scored(films, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message, code", [
-    ("chose --data x", "--task chose: expected one of choice, retrieval, qa", 2),
-    ("choice", "--task choice needs --data", 2),
-    ("match --text a", "needs --video", 2),
-    ("fill --video x", "needs --text", 2),
-    ("fill --video x --text a", "needs a [MASK]", 2),
-    ("ask --video x --text a b", "several --text", 2),
-    ("choice --data x --batch 0", "--batch, --views and --top must be 1 or more", 2),
-    ("search --video x --text a --window -1", "and --workers must be 0 or more", 2),
-    ("choice --data x --rerank 2", "--rerank is for --task retrieval", 2),
-    ("match --video x --text a --baseline b", "--baseline is for --task attention", 2),
+    ("chose --data x", "--task chose: expected one of choice, retrieval, qa", 1),
+    ("choice", "--task choice needs --data", 1),
+    ("match --text a", "needs --video", 1),
+    ("fill --video x", "needs --text", 1),
+    ("fill --video x --text a", "needs a [MASK]", 1),
+    ("ask --video x --text a b", "several --text", 1),
+    ("choice --data x --batch 0", "--batch, --views and --top must be 1 or more", 1),
+    ("search --video x --text a --window -1", "and --workers must be 0 or more", 1),
+    ("choice --data x --rerank 2", "--rerank is for --task retrieval", 1),
+    ("match --video x --text a --views 3", "--views is for --task choice, retrieval, qa", 1),
+    ("match --video x --text a --bootstrap 9", "--bootstrap is for --task choice", 1),
+    ("match --video x --text a --data y", "--data is for --task choice", 1),
+    ("choice --data x --video y", "--video is for --task fill, match", 1),
+    ("choice --data x --text y", "--text is for --task fill, match", 1),
+    ("choice --data x --out y", "--out is for --task fill, match", 1),
+    ("choice --data x --window 3", "--window is for --task fill, match", 1),
+    ("choice --data x --objectives mlm", "--objectives is for --task pretrain", 1),
+    ("match --video x --text a --baseline b", "--baseline is for --task attention", 1),
+    ("match --video x --text a --blind", "--blind is for --task fill", 1),
+    ("match --video x --text a --block 3", "--block is for --task explain", 1),
+    ("match --video x --text a --index y", "--index is for --task search", 1),
+    ("match --video x --text a --top 3", "--top is for --task search", 1),
+    ("profile --top 3", "--top is for --task search", 1),
     ("choice --data x --resize squash", "invalid choice: 'squash'", 2),
     ("probe --data {films}/qa.jsonl", "fine-tune it with train.py --task probe", 1),
     ("explain --video x --text a --block 3", "the model has blocks 1 to 2", 1),
@@ -6535,6 +6578,13 @@ def test_several_processes_say_an_error_once(films, checkpoint, tmp_path):
     assert run.wait(1) == 1
     printed = "".join((tmp_path / f"out.txt{rank}").read_text() for rank in ("", 1))
     assert printed.count("absent.jsonl: no such") == 1 and "Traceback" not in printed
+
+
+def test_several_processes_say_a_wrong_flag_once(tmp_path):
+    run = Started(tmp_path / "out.txt", "eval.py", "--task", "chose", processes=2)
+    assert run.wait(1) == 1
+    printed = "".join((tmp_path / f"out.txt{rank}").read_text() for rank in ("", 1))
+    assert printed.count("expected one of choice") == 1
 
 
 def test_tasks_of_slurm_need_torchrun(films, checkpoint, monkeypatch):
