@@ -457,19 +457,22 @@ class Scorer:
         for batch, views in self.read(indices):
             with half_precision(self.device):
                 encoded = encode(self.model, views[0]).cpu()
+            check_scores(encoded, batch["source_line"])
             for i, feature in zip(batch["index"].tolist(), encoded):
                 features.append((i, feature.clone()))  # else each row pickles its whole batch
         return gather_objects(features)
 
     def features_key(self, name: str) -> str:
-        """What features depend on beside their clips: weights, sizes and how clips are read."""
+        """What features depend on beside their clips: weights, sizes, how clips are read, and the
+        device, for a GPU computes them in half precision."""
         checksum = 0
         for parameter, tensor in self.model.named_parameters():
             if not parameter.startswith("answer_head"):
                 checksum = zlib.crc32(tensor.detach().cpu().numpy().tobytes(), checksum)
         sizes = replace(self.model.config, answers=0, answer_head="paper")
         clips = self.clips
-        return str([name, checksum, sizes, clips.resize, clips.boxes, clips.order])
+        return str([name, checksum, sizes, clips.resize, clips.boxes, clips.order,
+                    self.device.type])
 
 
 def describe(batch: dict, i: int) -> dict:
@@ -717,6 +720,7 @@ def recall_of_label(scores: Tensor, label: int) -> dict[int, float]:
 # ---- Retrieval (Sec. 4.2.2, Tab. 3, Tab. 7): encode, gather, rank -------------------------------
 
 COSINES_IN_MEMORY = 2 ** 24
+ALL_PAIRS = 10 ** 9            # --rerank of a checkpoint without VTC: more than any candidates
 
 
 class Side(NamedTuple):
@@ -755,6 +759,7 @@ def encode_sides(scorer: Scorer) -> tuple[Side, Side, list[tuple[int, ...]]]:
         video = sum(video_embedding(scorer.model, view["video"]) for view in views) / len(views)
         check_scores(video, batch["source_line"])
         text = text_embedding(scorer.model, views[0]["text_ids"], views[0]["text_mask"]).cpu()
+        check_scores(text, [batch["source_line"][b] for b in batch["text_clip"].tolist()])
         for b in range(len(batch["source_line"])):
             row = describe(batch, b)
             row["video"] = video[b].cpu().clone()      # (E,); a view would pickle the whole batch
@@ -1016,8 +1021,10 @@ def explain(scorer: Scorer, clip: dict) -> dict:
     layer = scorer.config.block or model.config.depth
     video, ids, mask = clip["video"], clip["text_ids"], clip["text_mask"]
     S = video.shape[1]
-    likeliest = model.mlm_head(model(video, ids, mask).text).argmax(-1)    # (1, m)
-    ids = torch.where(ids == tokenizer.mask_id, likeliest, ids)
+    masks = ids == tokenizer.mask_id
+    if masks.any():
+        text = model(video, ids, mask).text
+        ids = ids.masked_scatter(masks, model.mlm_head(text[masks]).argmax(-1))
     if scorer.config.block:
         _, on_video = block_attention(model, {**clip, "text_ids": ids})[layer - 1]
         maps = on_video[:, :, model.num_special:]                          # (m, S, n)
@@ -1087,7 +1094,7 @@ def search(scorer: Scorer) -> list[dict]:
     if not features:
         raise DataError(f"no clip can be read: {'; '.join(scorer.all_unreadable()[:3])}")
     texts = [tuple(tokenizer.encode(text, scorer.clips.max_text_len)) for text in config.text]
-    nearest = [nearest_clips(scorer, features, ids) for ids in texts]
+    nearest = nearest_clips(scorer, features, texts)
     wanted = defaultdict(list)
     for t, pairs in enumerate(nearest):
         for _, i in pairs[:config.rerank]:
@@ -1107,26 +1114,28 @@ def search(scorer: Scorer) -> list[dict]:
     return results
 
 
-def nearest_clips(scorer: Scorer, features: dict[int, Tensor], ids: tuple[int, ...]
-                  ) -> list[tuple[float, int]]:
-    """(cosine, sample) of the clips nearest to a text, the best before the others.
+def nearest_clips(scorer: Scorer, features: dict[int, Tensor], texts: list[tuple[int, ...]]
+                  ) -> list[list[tuple[float, int]]]:
+    """For each text, (cosine, sample) of the clips nearest to it, the best before the others.
 
-    Each process looks through its share of the features. ids: the text's tokens.
+    Each process looks through its share of the features. texts: token ids.
     """
     rank = dist.get_rank()
     world = dist.get_world_size()
     samples = list(features)[rank::world]
+    gallery = torch.stack(list(features.values()))[rank::world]            # (G, E) float16
+    gallery = gallery.to(scorer.device, torch.float32)
     count = max(scorer.config.rerank, scorer.config.top)
-    pairs = []
-    if samples:
-        gallery = torch.stack([features[i] for i in samples])              # (G, E) float16
-        gallery = gallery.to(scorer.device, torch.float32)
+    nearest = []
+    for ids, words in zip(texts, scorer.config.text):
         text = text_embedding(scorer.model, torch.tensor([ids], device=scorer.device))
+        check_scores(text, [f"--text {words}"])
         best = (text.float() @ gallery.T)[0].topk(min(count, len(samples)))
         pairs = [(cosine, samples[g])
                  for cosine, g in zip(best.values.tolist(), best.indices.tolist())]
-    pairs = gather_objects(pairs)
-    return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:count]
+        pairs = sorted(gather_objects(pairs), key=lambda pair: (-pair[0], pair[1]))
+        nearest.append(pairs[:count])
+    return nearest
 
 
 # ---- Running on videos, and printing the results ------------------------------------------------
@@ -1146,7 +1155,8 @@ def video_samples(path: Path, columns: tuple[str, ...]) -> list[dict]:
 def cut_windows(sample: dict, seconds: float) -> list[dict]:
     """The sample as windows of so many seconds, the last one perhaps shorter.
 
-    An image, and a clip whose length nobody knows, stays whole.
+    An image, and a clip whose length nobody knows, stays whole; so does one whose start lies
+    behind its end, which its reader names.
     """
     length = 0.0
     if not is_image(sample):
@@ -1160,6 +1170,20 @@ def cut_windows(sample: dict, seconds: float) -> list[dict]:
     windows = []
     for start in np.arange(sample.get("start", 0.0), end, seconds).tolist():
         windows.append({**sample, "start": start, "end": min(start + seconds, end)})
+    return windows or [sample]
+
+
+def cut_all(samples: list[dict], seconds: float) -> list[dict]:
+    """The windows of all samples. Says how many clips stay whole."""
+    windows = []
+    whole = 0
+    for sample in samples:
+        cut = cut_windows(sample, seconds)
+        whole += cut[0] is sample and not is_image(sample)
+        windows += cut
+    if whole:
+        print_main(f"--window: {whole} of {len(samples)} clips stay whole: their length is not "
+                   "known, or they start behind their end")
     return windows
 
 
@@ -1167,13 +1191,11 @@ def video_manifest(config: EvalConfig) -> str:
     """The path of a manifest of the clips of --video, cut into windows, each with --text."""
     samples = []
     for path in config.video:
-        for sample in video_samples(Path(path), config.columns):
-            if config.window:
-                samples += cut_windows(sample, config.window)
-            else:
-                samples.append(sample)
+        samples += video_samples(Path(path), config.columns)
     unique = {json.dumps(sample): sample for sample in samples}    # a file may be named twice
     samples = list(unique.values())
+    if config.window:
+        samples = cut_all(samples, config.window)
     if not samples:
         raise DataError(f"--video {' '.join(config.video)}: no clip there; expected video files, "
                         "folders of them, or manifests")
@@ -1407,7 +1429,7 @@ def draw_results(out: Path, config: EvalConfig, clips: Clips, results: list[dict
     pictures = defaultdict(list)
     for result in results:
         i = result["index"]
-        frames = list(clips[i, i]["video"])
+        frames = list(clips[i, i].get("video", []))    # none if it has become unreadable
         if config.task == "search":
             numbers = f"cosine {result['cosine']:.4f}"
             if "matched" in result:
@@ -1420,7 +1442,8 @@ def draw_results(out: Path, config: EvalConfig, clips: Clips, results: list[dict
             rows = pictures[i]
             rows.append((f"{result['video']}\n{config.text[0]}\nyellow: more", frames))
             for word, heat in zip(result["words"], result["maps"]):
-                rows.append((word, heated(torch.stack(frames), torch.tensor(heat))))
+                if frames:
+                    rows.append((word, heated(torch.stack(frames), torch.tensor(heat))))
         else:
             title = [result["video"], *table_lines(result[TABLES[config.task]], digits=4)]
             pictures[i].append(("\n".join(title), frames))
@@ -1539,7 +1562,11 @@ def report(result: dict, config: EvalConfig, sizes: Config) -> dict[str, float]:
     Returns {kind: average of its first metric}. sizes: the model's.
     """
     heading = f"\n{config.task} on {', '.join(map(str, config.data))}; {sizes.frames} frames"
-    for name in ("order", "views", "rerank", "resize"):
+    if config.rerank >= ALL_PAIRS:
+        heading += "; VTM ranks all pairs"
+    elif config.rerank:
+        heading += f"; --rerank {config.rerank}"
+    for name in ("order", "views", "resize"):
         if getattr(config, name) != getattr(EvalConfig, name):
             heading += f"; --{name} {getattr(config, name)}"
     print_main(heading)
@@ -1695,12 +1722,14 @@ def search_times(config: Config, device: torch.device) -> list[dict]:
 
 TASKS_ON_VIDEOS = (*VIDEO_TASKS, "search")
 
-# The tasks that a flag is for; the flags that are not listed are for all tasks.
-USED_BY = {"data": MANIFEST_TASKS, "views": MANIFEST_TASKS, "bootstrap": MANIFEST_TASKS,
-           "objectives": ("pretrain",), "rerank": ("retrieval", "search"),
-           "video": TASKS_ON_VIDEOS, "text": TASKS_ON_VIDEOS, "window": TASKS_ON_VIDEOS,
-           "out": TASKS_ON_VIDEOS, "blind": ("fill",), "block": ("explain",),
-           "baseline": ("attention",), "index": ("search",), "top": ("search",)}
+# The tasks that a flag is for. --task and --batch are for all, profile among them.
+USED_BY = dict.fromkeys(("checkpoint", "json", "workers", "order", "resize", "boxes", "columns",
+                         "vocab"), (*MANIFEST_TASKS, *TASKS_ON_VIDEOS))
+USED_BY |= dict.fromkeys(("data", "views", "bootstrap"), MANIFEST_TASKS)
+USED_BY |= dict.fromkeys(("video", "text", "window", "out"), TASKS_ON_VIDEOS)
+USED_BY |= {"objectives": ("pretrain",), "rerank": ("retrieval", "search"), "blind": ("fill",),
+            "block": ("explain",), "baseline": ("attention",), "index": ("search",),
+            "top": ("search",)}
 
 
 def check_flags(config: EvalConfig) -> None:
@@ -1757,16 +1786,15 @@ def check_checkpoint(content: dict, config: EvalConfig, path: Path) -> None:
     if needed and trained.get("task") != needed:
         raise ValueError(f"{path} was trained for {trained.get('task', 'another task')}: fine-tune "
                          f"it with train.py --task {needed} --init {path}")
-    matching = task in ("choice", "match") or config.rerank > 0
+    by_cosine = task in ("retrieval", "search") and has_vtc(content)
+    matching = task in ("choice", "match", "retrieval") and not by_cosine or config.rerank > 0
     if matching and trained and not {"vtm", "rank", "choice"} & set(trained["objectives"]):
         raise ValueError(f"{path} was not trained to match (its objectives: "
                          f"{' '.join(trained['objectives'])}): use a checkpoint of --objectives "
                          "vtm, rank or choice")
-    if task == "search" or task == "retrieval" and not config.rerank:
-        if not has_vtc(content):
-            raise ValueError(f"{path} was not trained with VTC, its cosines mean nothing: "
-                             "fine-tune it (train.py --task retrieval), or score all pairs by VTM: "
-                             "--task retrieval --rerank 1")
+    if task == "search" and not by_cosine:
+        raise ValueError(f"{path} was not trained with VTC, its cosines mean nothing: fine-tune it "
+                         "with train.py --task retrieval")
 
 
 def has_vtc(content: dict) -> bool:
@@ -1801,7 +1829,7 @@ def run_task(config: EvalConfig, flags: dict, device: torch.device) -> list[dict
     check_model(config, model.config)
     if config.task == "retrieval" and not has_vtc(content):
         print_main("not trained with VTC: VTM ranks all pairs")
-        config = replace(config, rerank=10 ** 9)
+        config = replace(config, rerank=ALL_PAIRS)
     if config.task in MANIFEST_TASKS:
         manifest = Manifest(config.data, config.columns)
         texts = []

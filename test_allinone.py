@@ -5735,6 +5735,7 @@ def test_binary_matching_reranks_retrieval(films, tmp_path):   # Sec. 3.3's VTM,
     tables = [text.partition("kind")[2] for text in printed]
     assert tables[0] == tables[1] == tables[2]                 # 99: all pairs, as without VTC
     assert "not trained with VTC: VTM ranks all pairs" in printed[2]
+    assert "frames; VTM ranks all pairs\n" in printed[2]
 
 
 def test_equal_captions_share_their_ranks(films, checkpoint, tmp_path):
@@ -5802,7 +5803,6 @@ def test_what_processes_exchange_is_rows(films, checkpoint, monkeypatch):
         scorer = eval.Scorer(model, clips, eval.EvalConfig("retrieval", workers=0), device)
         scorer.encode_clips(range(8), eval.video_cls)
         eval.encode_sides(scorer)
-    print(sizes, E)
     assert sizes[0] < 8 * (4 * 32 + 1000)                      # a cls token of each of 8 clips
     assert sizes[1] < 8 * 3 * (4 * E + 1000)                   # a clip and two captions
 
@@ -5939,7 +5939,7 @@ def test_the_objectives_of_training_are_scored(films, tmp_path):
     ("match --video x --text a --block 3", "--block is for --task explain", 1),
     ("match --video x --text a --index y", "--index is for --task search", 1),
     ("match --video x --text a --top 3", "--top is for --task search", 1),
-    ("profile --top 3", "--top is for --task search", 1),
+    ("profile", "--checkpoint is for --task choice, retrieval", 1),
     ("choice --data x --resize squash", "invalid choice: 'squash'", 2),
     ("probe --data {films}/qa.jsonl", "fine-tune it with train.py --task probe", 1),
     ("explain --video x --text a --block 3", "the model has blocks 1 to 2", 1),
@@ -5955,7 +5955,7 @@ def test_flags_that_do_not_fit_say_why(flags, message, code, films, checkpoint, 
 
 
 @pytest.mark.parametrize("objectives, flags, message", [
-    (["vtm", "mlm"], "retrieval --data {films}/retrieval.jsonl", "was not trained with VTC"),
+    (["mlm"], "retrieval --data {films}/retrieval.jsonl", "was not trained to match"),
     (["vtm", "mlm"], "search --video {films} --text a", "was not trained with VTC"),
     (["mlm"], "choice --data {films}/choice.jsonl", "was not trained to match"),
     (["mlm"], "match --video {films} --text a", "was not trained to match"),
@@ -5982,6 +5982,19 @@ def test_a_damaged_checkpoint_is_refused(damage, message, films, checkpoint, tmp
     for task in ("choice", "retrieval"):
         error = run_eval(task, [films / f"{task}.jsonl"], tmp_path / "odd.pt", code=1)
         assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("task, name", [
+    ("retrieval", "text_proj"), ("retrieval", "video_proj"), ("search", "text_proj"),
+    ("search", "video_proj")])
+def test_a_cosine_that_is_no_number_is_refused(task, name, films, checkpoint, tmp_path):
+    content = torch.load(checkpoint)
+    weight, = (key for key in content["model"] if key.startswith(f"{name}.weight"))
+    content["model"][weight].fill_(torch.nan)
+    torch.save(content, tmp_path / "odd.pt")
+    files, flags = [films / "retrieval.jsonl"], ["--text", "a"] * (task == "search")
+    error = run_eval(task, files, tmp_path / "odd.pt", *flags, code=1)
+    assert "score is not a number" in error
 
 
 @pytest.mark.parametrize("flags, run_needed", [
@@ -6044,8 +6057,9 @@ def test_a_released_file_is_searched_by_its_projections(task, films, tmp_path):
     content = torch.load(weights)["state_dict"]
     content = {name: content[name] for name in content if "_proj." not in name[:16]}
     torch.save({"state_dict": content}, tmp_path / "pretrained.ckpt")
-    assert "was not trained with VTC" in run_eval(task, files, tmp_path / "pretrained.ckpt", *flags,
-                                                  code=1)
+    printed = run_eval(task, files, tmp_path / "pretrained.ckpt", *flags,
+                       code=1 if task == "search" else 0)
+    assert "not trained with VTC" in printed
 
 
 def test_a_released_file_with_another_vocabulary_is_refused(films, tmp_path):
@@ -6371,6 +6385,13 @@ def test_an_image_is_not_cut(films):
     assert eval.cut_windows(image, 1.0) == [image]
 
 
+def test_a_window_behind_the_end_is_named(films, checkpoint, tmp_path):
+    line = {"video": str(films / "0.mp4")}                     # three seconds
+    (tmp_path / "m.jsonl").write_text(json_lines(line, {**line, "start": 30}))
+    printed = run_eval("search", [tmp_path / "m.jsonl"], checkpoint, "--text", "a", "--window", 1)
+    assert "--window: 1 of 2 clips stay whole" in printed and printed.count("unreadable: /") == 1
+
+
 @pytest.mark.parametrize("before, after", [
     ({}, {"start": 1.0}), ({"start": 1.0}, {"start": 1.0, "end": 2.0}), ({"fps": 1}, {"fps": 2}),
     ({"member": {"name": "a.mp4", "offset": 512, "size": 9}},
@@ -6477,6 +6498,25 @@ def test_a_foreign_index_is_never_overwritten(content, flags, message, library, 
     assert message in error and path.read_bytes() == before
 
 
+def test_features_are_of_one_kind_of_device(checkpoint, films):    # float32, or half precision
+    model, clips = open_model(checkpoint, films / "train.jsonl", "probe")
+    scorer = eval.Scorer(model, clips, eval.EvalConfig("search"), torch.device("cpu"))
+    on_cpu = scorer.features_key("video embedding")
+    scorer.device = torch.device("cuda")
+    assert scorer.features_key("video embedding") != on_cpu
+
+
+def test_the_gallery_is_stacked_once(library, checkpoint, monkeypatch):
+    stacks = []
+    stack = torch.stack
+    def counted(tensors, *dim):
+        stacks.append((len(tensors), tensors[0].dtype))
+        return stack(tensors, *dim)
+    monkeypatch.setattr(eval.torch, "stack", counted)
+    search(library, checkpoint)                                # two texts, four clips
+    assert stacks.count((4, torch.float16)) == 1
+
+
 def test_an_index_of_other_weights_is_refused(library, checkpoint, tmp_path):
     search(library, checkpoint, "--index", tmp_path / "i")
     other = save_checkpoint(tmp_path / "other.pt", seed=1)
@@ -6524,6 +6564,16 @@ def test_letters_with_accents_are_drawn(text):
     assert bytes(drawn) not in (bytes(eval.FONT.getmask(" ")), bytes(eval.FONT.getmask("?")))
     assert eval.drawable(text) == text
 
+
+@pytest.mark.parametrize("task", ["explain", "search", "match"])
+def test_a_clip_that_became_unreadable_is_named(task, checkpoint, tmp_path):
+    (tmp_path / "m.jsonl").write_text(json_lines({"video": "gone.mp4", "texts": ["a"]}))
+    _, clips = open_model(checkpoint, tmp_path / "m.jsonl", "retrieval")
+    result = {"index": 0, "video": "gone.mp4", "text": "a", "cosine": 0.5, "words": ["a"],
+              "maps": [[[[1.0]]]], "captions": []}
+    eval.draw_results(tmp_path, eval.EvalConfig(task), clips, [result])
+    with Image.open(tmp_path / f"{task}-1.png") as image:
+        assert image.size[1] < 112                             # words alone
 
 def test_letters_that_the_font_lacks_are_replaced():
     assert eval.drawable("Čech 中 ü") == "Cech ? ü"
