@@ -95,6 +95,10 @@ class Unreadable(Exception):
     """One clip that cannot be read: str() names it and the reason, for a person who can mend it."""
 
 
+class MissingFile(Unreadable):
+    """A clip whose file is not there."""
+
+
 # ==== Manifest ====================================================================================
 
 TEXT, TEXTS = "a text", "a list of texts"
@@ -572,7 +576,7 @@ def check_member(sample: dict) -> None:
             block = file.read(tarfile.BLOCKSIZE)
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except FileNotFoundError:
-        raise Unreadable(f"{path}: no such file") from None
+        raise MissingFile(f"{path}: no such file") from None
     except (OSError, ValueError, tarfile.TarError):
         header = None
     # A header has room for 100 bytes of a plain name. Other names lie in blocks before it.
@@ -849,6 +853,10 @@ class BatchSampler:
         if shares and (len(shares) != len(sizes) or min(shares) <= 0):
             raise DataError(f"--mix {' '.join(map(str, shares))}: expected {len(sizes)} positive "
                             "numbers, one for each manifest of --data")
+        if batch < 1 or batch % (world * accumulation_steps):
+            raise DataError(f"a batch of {batch} clips cannot be cut into micro-batches of "
+                            f"{world} processes, {accumulation_steps} each; expected a multiple of "
+                            f"{world * accumulation_steps}")
         self.sizes = sizes
         self.shares = shares or sizes
         self.seed = seed
@@ -970,17 +978,22 @@ def read_frames(sample: dict, pick: Pick, image_size: int, resize: str, train: b
         member = Member(member["offset"], member["size"], member["name"])
     read = partial(decode, sample["video"], pick, start=sample.get("start"), end=sample.get("end"),
                    fps=sample.get("fps"), member=member)
-    if sample.get("boxes"):
-        video = read(size=None)                 # boxes are in pixels of the stored frame
-        if boxes:
-            video = draw_boxes(video, sample["boxes"])
-        return v2.functional.resize(video, [image_size, image_size])
-    if resize == "paper":
-        return read(size=(image_size, image_size))
     larger = int(1.2 * image_size)
-    if resize == "release":
-        return crop(read(size=(larger, larger)), image_size, train)
-    return crop(read(size=larger), image_size, train)
+    try:
+        if sample.get("boxes"):
+            video = read(size=None)             # boxes are in pixels of the stored frame
+            if boxes:
+                video = draw_boxes(video, sample["boxes"])
+            return v2.functional.resize(video, [image_size, image_size])
+        if resize == "paper":
+            return read(size=(image_size, image_size))
+        if resize == "release":
+            return crop(read(size=(larger, larger)), image_size, train)
+        return crop(read(size=larger), image_size, train)
+    except (Unreadable, DataError):
+        raise
+    except Exception as error:      # whatever a decoder meets in one clip must not end a whole run
+        raise Unreadable(f"{sample['video']}: cannot be read ({error!r})") from error
 
 
 def crop(video: torch.Tensor, size: int, train: bool) -> torch.Tensor:
@@ -1075,9 +1088,9 @@ class Source:
     def url(self) -> str:
         """What FFmpeg opens: its own protocol for a range of bytes is as fast as a file."""
         if self.member is None:
-            return self.path
+            return f"file:{self.path}"      # in 12:30.jpg, 12 would be a protocol
         begin = self.member.offset
-        return f"subfile,,start,{begin},end,{begin + self.member.size},,:{self.path}"
+        return f"subfile,,start,{begin},end,{begin + self.member.size},,:file:{self.path}"
 
     def read(self) -> bytes:
         """All bytes."""
@@ -1214,7 +1227,7 @@ def display_matrix(frame: av.VideoFrame, source: Source) -> tuple[int, int, int,
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:      # PyAV before 19 does not know EXIF, nor the matrix beside it
         orientation = exif_orientation(source) or ROTATIONS[round(frame.rotation / 90) * 90 % 360]
-        return EXIF_ORIENTATIONS[orientation]
+        return EXIF_ORIENTATIONS.get(orientation, EXIF_ORIENTATIONS[1])
     if matrix is None:
         return EXIF_ORIENTATIONS[1]
     a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
@@ -1222,7 +1235,7 @@ def display_matrix(frame: av.VideoFrame, source: Source) -> tuple[int, int, int,
 
 
 def exif_orientation(source: Source) -> int | None:
-    """1 to 8, as in a picture's EXIF data; None for a film."""
+    """As in a picture's EXIF data: 1 to 8, or nonsense. None for a film."""
     try:
         with Image.open(io.BytesIO(source.read())) as picture:
             return picture.getexif().get(0x112, 1)
@@ -1279,7 +1292,7 @@ def upright_pixels(frame: av.VideoFrame, matrix: tuple[int, int, int, int], size
 def open_video(source: Source) -> tuple[av.container.InputContainer, av.VideoStream]:
     """A container and its first video stream that is no cover picture, to decode on one thread."""
     if not os.path.exists(source.path):
-        raise Unreadable(f"{source}: no such file")
+        raise MissingFile(f"{source}: no such file")
     if source.member and source.member.offset + source.size > os.path.getsize(source.path):
         raise Unreadable(f"{source}: ends after the file does; the file is truncated, or another "
                          "one than when its members were listed; fetch it again")
@@ -1445,7 +1458,8 @@ class FrameFolder:
         if not fps and (start is not None or end is not None):
             raise Unreadable(f"{source}: a folder of frames has no times; give their rate as "
                              '"fps", or drop "start" and "end"')
-        names = [name for name in os.listdir(source.path) if name.lower().endswith(IMAGES)]
+        names = [name for name in os.listdir(source.path)
+                 if name.lower().endswith(IMAGES) and not name.startswith(".")]     # ._1.jpg: macOS
         names.sort(key=numbered_name)
         self.folder = source
         self.images = [Source(os.path.join(source.path, name)) for name in names]
@@ -2070,13 +2084,16 @@ def clip_id(sample: dict) -> tuple[str, str]:
 
 
 def false_captions(clips: Clips, sample: dict, index: int) -> list[str]:
-    """Captions of random lines of the sample's manifest, but for those that it has itself."""
+    """Captions of random lines of the sample's manifest, but for those of the sample's film."""
     manifest_id, line = clips.manifest.locate(index)
     others = torch.randint(clips.manifest.sizes[manifest_id], (clips.false_captions,)).tolist()
     true_captions = texts_of(sample)
     captions = []
-    for other in others:
-        caption, _ = choose_caption(clips.manifest[index - line + other], train=True)
+    for number in others:
+        other = clips.manifest[index - line + number]
+        if clip_id(other) == clip_id(sample):           # each caption on a line of its own
+            continue
+        caption, _ = choose_caption(other, train=True)
         if caption not in true_captions:
             captions.append(caption)
     return captions
@@ -2244,7 +2261,7 @@ class Readers:
         self.workers = workers
         self.timeout = timeout
         self.closed = False
-        self.processes = []
+        self.processes = set()                  # those that live
         self.of_thread = threading.local()      # .reader: process and pipe of each thread
         self.lock = threading.Lock()            # to start a process, or to ask for its exit code
         # Fresh processes have none of our threads and locks. The fork server imports torch once
@@ -2266,19 +2283,25 @@ class Readers:
             target=serve, args=(self.function, far_end, self.timeout), daemon=True)
         with self.lock:
             process.start()
-        self.processes.append(process)
+        self.processes.add(process)
         far_end.close()
         try:
             pipe.recv()                             # that it is ready, see serve
         except (EOFError, ConnectionError):
-            with self.lock:
-                process.join()
+            self.bury(process, pipe)
             if process.exitcode == 1:               # an exception, no signal
                 raise RuntimeError(
                     "no reading process can start, since each of them imports your script and that "
                     "fails; put what the script does under `if __name__ == \"__main__\":`, or "
                     "read with workers=0") from None
         return process, pipe
+
+    def bury(self, process: multiprocessing.Process, pipe: Connection) -> None:
+        """Forgets a process that has died: it and its pipe hold a file descriptor each."""
+        with self.lock:
+            process.join()
+        self.processes.discard(process)
+        pipe.close()
 
     def __call__(self, task):
         """function(task), computed in the calling thread's process; Unreadable."""
@@ -2295,8 +2318,7 @@ class Readers:
                 result, error = pipe.recv()
             except (EOFError, ConnectionError):             # the process has died
                 self.of_thread.reader = None
-                with self.lock:
-                    process.join()
+                self.bury(process, pipe)
                 if process.exitcode == -signal.SIGALRM:
                     raise Unreadable(f"took longer than {self.timeout:g} s to read") from None
                 continue
@@ -2322,7 +2344,7 @@ class Readers:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             self.closed = True
-            for process in self.processes:
+            for process in list(self.processes):
                 process.kill()
 
 
@@ -2390,10 +2412,10 @@ class ItemReader:
         """The item of this sample, without a video if it cannot be read."""
         try:
             if index in self.failures:
-                raise self.failures[index]
+                raise Unreadable(self.failures[index])
             item = self.readers((index, visit))
         except Unreadable as error:
-            self.failures[index] = error
+            self.failures[index] = str(error)       # an exception would keep its traceback
             source_line = self.clips.manifest[index]["source_line"]
             return {"index": index, "visit": visit, "unreadable": [f"{source_line}: {error}"]}
         if "video" in item:
@@ -2665,7 +2687,7 @@ def check(manifest: str | Path, workers: int = os.cpu_count(), timeout: float = 
         except DataError as error:
             return Examination(None, fault="bad line", detail=str(error))
         except Unreadable as error:
-            fault = "missing file" if str(error).endswith("no such file") else "unreadable"
+            fault = "missing file" if isinstance(error, MissingFile) else "unreadable"
             return Examination(None, fault=fault, detail=f"{sample['source_line']}: {error}")
 
     for i, examined in enumerate(readers.ahead(examine_line, range(len(source)), depth=64)):

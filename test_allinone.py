@@ -1654,7 +1654,24 @@ def test_pictures_are_shown_as_exif_says(orientation, ending, tmp_path):
     assert torch.equal(decode(turned, range), shown(decode(plain, range)))
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 200])
+def test_an_unknown_orientation_is_upright(orientation, tmp_path):
+    picture(tmp_path / "a.png", (40, 24))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    with Image.open(tmp_path / "a.png") as image:
+        image.save(tmp_path / "a.jpg")
+        image.save(tmp_path / "b.jpg", exif=exif)
+    assert torch.equal(decode(tmp_path / "b.jpg", range), decode(tmp_path / "a.jpg", range))
+
+
 # -- pictures
+
+def test_a_colon_in_a_path_is_no_protocol(tmp_path, monkeypatch):
+    picture(tmp_path / "12:30.jpg", grey=40)
+    monkeypatch.chdir(tmp_path)
+    assert decode("12:30.jpg", range).shape == (1, 3, 20, 40)
+
 
 def test_an_image_is_a_clip_of_one_frame(tmp_path):
     picture(tmp_path / "a.jpg", grey=40)
@@ -1680,6 +1697,12 @@ def test_a_folder_may_hold_any_kind_of_image(ending, tmp_path):
     Image.new("RGB", (40, 20), (200, 100, 50)).save(tmp_path / f"1.{ending}")
     assert decode(tmp_path, range).shape == (1, 3, 20, 40)
     assert data.is_image({"video": f"1.{ending}"})
+
+
+def test_hidden_files_are_no_frames(tmp_path):
+    picture(tmp_path / "1.png")
+    (tmp_path / "._1.png").write_bytes(b"of macOS")
+    assert decode(tmp_path, range).shape[0] == 1
 
 
 def test_images_of_a_folder_take_the_first_ones_size(tmp_path):
@@ -2616,6 +2639,12 @@ def test_shares_that_do_not_fit_are_refused(shares):
         BatchSampler([50, 20], 24, 3, shares=shares)
 
 
+@pytest.mark.parametrize("batch", [0, 2, 6])
+def test_a_batch_that_cannot_be_cut_evenly_is_refused(batch):
+    with pytest.raises(DataError, match=f"a batch of {batch} clips .*expected a multiple of 4"):
+        BatchSampler([50], batch, 3, world=2, accumulation_steps=2)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
 def test_shuffling_is_a_permutation(n):
     assert sorted(shuffled(i, n, 5) for i in range(n)) == list(range(n))
@@ -3025,14 +3054,19 @@ def test_retrieval_trains_on_each_caption_in_turn(tmp_path):
 
 
 def false_captions_of(folder, lines, visits=60):
-    """What retrieval sets beside the captions of the first line, over many visits."""
-    clips = clips_of(folder, lines, "retrieval", false_captions=3)
+    """What retrieval sets beside the captions of the first line, over many visits; each line is of
+    a film of its own, unless it names one."""
+    samples = []
+    for number, line in enumerate(lines):
+        fields = {"text": line} if isinstance(line, str) else line
+        samples.append({"video": f"{number}.mp4", **fields})
+    clips = clips_of(folder, samples, "retrieval", false_captions=3)
     options = [clips[0, visit]["options"][1:] for visit in range(visits)]
     return {tokens_of(clips.tokenizer, ids)[6:-6] for ids in itertools.chain(*options)}
 
 
 def test_the_first_option_is_the_clips_caption(tmp_path):
-    clips = clips_of(tmp_path, WORDS, "retrieval", false_captions=9)
+    clips = many_clips(tmp_path, 3, task="retrieval", false_captions=9)
     batch = batch_of(clips, [0, 1, 2])
     m = batch["text_ids"].shape[1]
     assert torch.equal(batch["option_ids"][:, 0, :m], batch["text_ids"])
@@ -3043,12 +3077,19 @@ def test_false_captions_are_not_those_of_the_clip(tmp_path):
     assert false_captions_of(tmp_path, [{"texts": WORDS[:2]}, WORDS[0], WORDS[2]]) == {WORDS[2]}
 
 
+def test_captions_of_one_film_are_never_false(tmp_path):
+    lines = [{"video": "a.mp4", "text": text} for text in WORDS[:2]]
+    lines.append({"video": "other.mp4", "text": WORDS[2]})
+    assert false_captions_of(tmp_path, lines) == {WORDS[2]}
+
+
 def test_every_caption_of_a_false_line_is_drawn(tmp_path):
     assert false_captions_of(tmp_path, ["rice", {"texts": WORDS}]) == set(WORDS)
 
 
 def test_false_captions_come_from_the_same_manifest(tmp_path):
-    clips = clips_of(tmp_path, ["rice", "a ball"], "retrieval", false_captions=9)
+    lines = [{"video": "a.mp4", "text": "rice"}, {"video": "b.mp4", "text": "a ball"}]
+    clips = clips_of(tmp_path, lines, "retrieval", false_captions=9)
     (tmp_path / "other.jsonl").write_text(json_lines({"video": "a.mp4", "text": "dog"}))
     clips.manifest = Manifest([tmp_path / "other.jsonl", tmp_path / "m.jsonl"])
     items = [clips[1, visit] for visit in range(30)]             # "rice", line 1 of the second
@@ -3202,9 +3243,25 @@ def test_a_deadly_clip_is_remembered(deadly):
     assert tries["6"] == 1
 
 
+@on_linux
+def test_dead_readers_leave_no_descriptors(tmp_path):
+    readers = data.Readers(os._exit, 1, 9)
+    counts = []
+    for code in 3, 3, 3:
+        with pytest.raises(Unreadable, match="exit code 3"):
+            readers(code)
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[0] == counts[2]
+
+
 def test_evaluation_replaces_no_clip(tmp_path):
     (batch,) = read_deadly(tmp_path, [0], train=False)
     assert batch["index"].tolist() == [0, 1] and "took its reader down" in batch["unreadable"][0]
+
+
+def test_an_unforeseen_error_costs_its_clip(tmp_path):
+    clips = clips_of(tmp_path, [{"text": "a", "boxes": [[0, 9, 9, 1, 1]]}])     # no such rectangle
+    assert "cannot be read (ValueError(" in clips[0, 0]["unreadable"][0]
 
 
 def test_a_manifest_of_unreadable_clips_stops_training(tmp_path):
@@ -3216,7 +3273,7 @@ def test_a_manifest_of_unreadable_clips_stops_training(tmp_path):
 @on_linux
 def test_a_deadline_is_that_of_one_task_and_a_reader_ends_with_its_trainer():
     code = ("import data, os, time; readers = data.Readers(time.sleep, 1, 1); readers(0.0); "
-            "time.sleep(1.5); readers(0.5); print(readers.processes[0].pid, flush=True); "
+            "time.sleep(1.5); readers(0.5); print(*[p.pid for p in readers.processes], flush=True); "
             "os.kill(os.getpid(), 9)")
     pid = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE).stdout
     deadline = time.monotonic() + 20
