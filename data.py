@@ -112,6 +112,7 @@ MEMBER = '{"name": text, "offset": integer, "size": integer}'
 FIELDS = {"video": TEXT, "text": TEXT, "texts": TEXTS, "captions": CAPTIONS, "question": TEXT,
           "options": TEXTS, "answer": INDEX_OR_TEXT, "start": NUMBER, "end": NUMBER,
           "fps": NUMBER, "boxes": BOXES, "kind": TEXT, "image": FLAG, "member": MEMBER}
+WORDS = "text", "texts", "captions", "question", "options"      # the fields that a text is in
 ALIASES = {  # names that other people's files give to a field
     "video": ("path", "file", "filename", "video_path", "clip"),
     "text": ("caption", "title", "description", "sentence", "txt")}
@@ -127,7 +128,8 @@ class Manifest:
 
     paths: one or several of: a .jsonl, a .csv or .tsv table, a folder of clips with captions
     beside them, a .tar shard, a folder of shards. Neighbouring shards of one folder count as one
-    manifest. columns: ("video=clip_name", "text=en") for tables whose columns have other names.
+    manifest. columns: ("video=clip_name", "text=en") where the columns of a table, or the keys of
+    a .jsonl, have other names.
 
     `manifest[i]` is line i as a dict. "video" is then an absolute path, and "source_line" names
     the file and the line that the sample comes from. An access is two small reads: nothing stays
@@ -141,8 +143,9 @@ class Manifest:
         if not paths:
             raise DataError("no manifest; expected at least one .jsonl, .csv, .tsv, .tar or folder")
         sources = neighbouring_shards([Path(path) for path in paths])
+        self.columns = parse_columns(columns)
         self.names = [source_name(source) for source in sources]
-        self.paths = [json_lines(source, columns) for source in sources]
+        self.paths = [json_lines(source, self.columns) for source in sources]
         self.indices = [line_index(path) for path in self.paths]
         self.sizes = [read_index(index, 4) for index in self.indices]
         self.ends = list(itertools.accumulate(self.sizes))
@@ -192,9 +195,12 @@ class Manifest:
             excerpt = content[:60].decode(errors="replace").strip()
             raise DataError(f"{source_line}: not JSON ({error}): {excerpt!r}; expected an object "
                             'such as {"video": "a.mp4", "text": "a dog runs"}') from None
-        # A line of a table, a folder or a shard says itself where it comes from.
         sample = {"source_line": source_line}
-        sample.update(checked(fields, source_line))
+        if isinstance(fields, dict):    # of a table, a folder or a shard, it says where it is from
+            sample["source_line"] = fields.get("source_line", source_line)
+        if str(self.paths[manifest_id]) == self.names[manifest_id]:     # else they are renamed there
+            fields = renamed(fields, self.columns, source_line)
+        sample.update(checked(fields, sample["source_line"]))
         folder = self.paths[manifest_id].absolute().parent
         sample["video"] = str(folder / need(sample, "video"))
         return sample
@@ -221,6 +227,9 @@ def checked(fields: object, source_line: str) -> dict:
     if "start" in sample and "end" in sample and sample["end"] <= sample["start"]:
         raise DataError(f'{source_line}: "end" is {sample["end"]} and "start" {sample["start"]}; '
                         "expected a start before the end, in seconds after the first frame")
+    if sample.get("captions") and ("start" in sample or "end" in sample):
+        raise DataError(f'{source_line}: has "captions", which bring windows of their own, beside '
+                        '"start" or "end"; expected one of the two')
     return sample
 
 
@@ -274,7 +283,7 @@ def need(sample: dict, field: str) -> object:
     hint = f'; rename "{meant[0]}" to "{field}"' if meant else ""
     present = ", ".join(key for key in sample if key != "source_line")
     raise DataError(f'{sample["source_line"]}: lacks "{field}"{hint}; its keys are {present} '
-                    f"(of a table, --columns {field}=NAME says which column it is)")
+                    f"(--columns {field}=NAME says which of them it is)")
 
 
 def is_image(sample: dict) -> bool:
@@ -329,18 +338,26 @@ def temporary(key: str, suffix: str) -> Path:
     return Path(tempfile.gettempdir(), f"allinone-{name}{suffix}")
 
 
-def temporary_manifest(samples: Iterable[dict], key: str | None = None) -> Path:
+def temporary_manifest(samples: Iterable[dict], key: str | None = None,
+                       remarks: Iterable[str] = ()) -> Path:
     """The path of a manifest of these samples, in the temporary folder.
 
-    It is written once for each key. Without a key the samples themselves are the key."""
+    It is written once for each key. Without a key the samples themselves are the key.
+    remarks: lines for a person, known after the last sample. The main process prints them each
+    time, whether or not it writes the manifest: they stand beside it."""
     if key is None:
         samples = list(samples)
         key = json.dumps(samples)
     place = temporary(key, ".jsonl")
-    if not place.is_file():
+    remarks_place = temporary(key, ".txt")
+    if not (place.is_file() and remarks_place.is_file()):
         with replacing(place) as file:
             for sample in samples:
                 file.write(json.dumps(sample).encode() + b"\n")
+            with replacing(remarks_place) as remarks_file:
+                remarks_file.write("".join(remarks).encode(errors="surrogateescape"))
+    if os.environ.get("RANK", "0") == "0":
+        print(remarks_place.read_text(errors="surrogateescape"), end="", file=sys.stderr)
     return place
 
 
@@ -434,7 +451,7 @@ def source_name(source: list[Path]) -> str:
     return str(source[0]) if len(source) == 1 else f"{source[0]} to {source[-1].name}"
 
 
-def json_lines(source: list[Path], columns: Sequence[str] = ()) -> Path:
+def json_lines(source: list[Path], columns: dict[str, str]) -> Path:
     """The path of a .jsonl of one manifest: the file itself or, of a table, a folder or shards, one
     in the temporary folder. That one is written again when a file, its size or its time changes."""
     for path in source:
@@ -443,24 +460,26 @@ def json_lines(source: list[Path], columns: Sequence[str] = ()) -> Path:
                             "sample a line, a .tar shard, or a folder of clips or shards")
     path = source[0]
     ending = path.suffix.lower()
+    remarks = []
     if path.is_dir():
         files = folder_files(path)
         captions_and_shards = [file.path for file in files if not file.name.lower().endswith(MEDIA)]
         key = [file.path for file in files] + [stamp(name) for name in captions_and_shards]
-        samples = folder_samples(path, files, columns)
+        samples = folder_samples(path, files, columns, remarks)
     elif ending in TABLES:
         key = [stamp(path)]
-        samples = table_samples(path, columns)
+        samples = table_samples(path, columns, remarks)
     elif is_shard(path):
         key = [stamp(shard) for shard in source]
-        samples = itertools.chain.from_iterable(shard_samples(shard, columns) for shard in source)
+        samples = itertools.chain.from_iterable(
+            shard_samples(shard, columns, remarks) for shard in source)
     elif ending in (".gz", ".tgz", ".zip", ".xz", ".zst", ".bz2"):
         raise DataError(f"{path}: is compressed; unpack it. A shard must be an uncompressed .tar")
     elif ending in (".xlsx", ".xls", ".ods", ".parquet", ".feather"):
         raise DataError(f"{path}: is no text file; save the table as .csv in UTF-8")
     else:
         return path
-    return temporary_manifest(samples, json.dumps(["version 1", *columns, *key]))
+    return temporary_manifest(samples, json.dumps(["version 2", columns, *key]), remarks)
 
 
 def stamp(path: str | Path) -> tuple[str, int, int]:
@@ -503,22 +522,44 @@ class StoredFile:
 SIDECARS = ".txt", ".json"      # a caption beside its clip
 
 
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, through links to folders too, but no folder twice."""
+    places = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in places:
+            folders.clear()                             # a link to a folder that was there before
+            continue
+        places.add(place)
+        folders.sort()
+        yield parent, folders, files
+
+
 def folder_files(folder: Path) -> list[StoredFile]:
     """The clips, captions and shards below a folder, by name."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in (*MEDIA, *SIDECARS, ".tar") and not path.name.startswith("._"):
-            name = str(path.absolute())
-            files.append(StoredFile(name, name))
-    return files
+    paths = []
+    for parent, folders, names in walk(folder.absolute()):
+        for name in list(folders):
+            pictures = os.path.join(parent, name)
+            if name.lower().endswith(MEDIA) and any(
+                    file.lower().endswith(IMAGES) for file in os.listdir(pictures)):
+                folders.remove(name)                    # a clip: its frames are no clips
+                names.append(name)
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if ending in (*MEDIA, *SIDECARS, ".tar") and not name.startswith("._"):
+                paths.append(os.path.join(parent, name))
+    paths.sort(key=Path)
+    return [StoredFile(path, path) for path in paths]
 
 
-def folder_samples(folder: Path, files: list[StoredFile], columns: Sequence[str]) -> Iterator[dict]:
+def folder_samples(folder: Path, files: list[StoredFile], columns: dict[str, str],
+                   remarks: list[str]) -> Iterator[dict]:
     """Samples of a folder: of the clips with a caption beside them, then of the shards."""
-    yield from captioned_samples(str(folder), files, columns)
+    yield from captioned_samples(str(folder), files, columns, remarks)
     for file in files:
         if is_shard(file.name):
-            yield from shard_samples(Path(file.path), columns)
+            yield from shard_samples(Path(file.path), columns, remarks)
 
 
 def clip_files(path: Path) -> list[StoredFile]:
@@ -534,11 +575,11 @@ def clip_files(path: Path) -> list[StoredFile]:
     return clips
 
 
-def shard_samples(shard: Path, columns: Sequence[str]) -> Iterator[dict]:
+def shard_samples(shard: Path, columns: dict[str, str], remarks: list[str]) -> Iterator[dict]:
     """Samples of a .tar as video2dataset and img2dataset write them: KEY.mp4 or KEY.jpg beside
     KEY.txt and KEY.json. One pass over the headers, which nothing unpacks."""
     files = shard_files(shard)
-    yield from captioned_samples(str(shard), files, columns)
+    yield from captioned_samples(str(shard), files, columns, remarks)
 
 
 def shard_files(shard: Path) -> list[StoredFile]:
@@ -586,7 +627,8 @@ def check_member(sample: dict) -> None:
                          "changed or is cut off: fetch it again, and start again")
 
 
-def captioned_samples(name: str, files: list[StoredFile], columns: Sequence[str]) -> Iterator[dict]:
+def captioned_samples(name: str, files: list[StoredFile], columns: dict[str, str],
+                      remarks: list[str]) -> Iterator[dict]:
     """Samples of the clips that have a caption of their name beside them.
 
     A picture beside a clip of its name is a thumbnail. Clips whose caption is missing, empty or
@@ -614,11 +656,11 @@ def captioned_samples(name: str, files: list[StoredFile], columns: Sequence[str]
             yield sample
         else:
             left_out["clips without a caption"].append(clip.name)
-    report_left_out(name, left_out)
+    remarks += left_out_remarks(name, left_out)
 
 
 def captioned_sample(clip: StoredFile, text: StoredFile | None, notes: StoredFile | None,
-                     columns: Sequence[str]) -> dict:
+                     columns: dict[str, str]) -> dict:
     """The sample of a clip. Its caption is KEY.txt, else that in KEY.json.
 
     Nothing else is read from KEY.json: the times that video2dataset stores there are those of the
@@ -631,64 +673,83 @@ def captioned_sample(clip: StoredFile, text: StoredFile | None, notes: StoredFil
         content = json.loads(notes.read())
         if not isinstance(content, dict):
             raise DataError(f"{notes.source_line}: is {content!r:.60}; expected a JSON object")
-        names = {column_of("text", columns), "text", "texts", *ALIASES["text"]}
+        names = {columns.get("text"), "text", "texts", *ALIASES["text"]}
         row = {name: value for name, value in content.items() if name.lower() in names}
     place = clip if clip.is_member else text or notes or clip
-    sample = sample_of_row(row, place.source_line, columns)
+    sample = checked(sample_of_row(row, place.source_line, columns), place.source_line)
     sample.update(clip.fields())
     return sample
 
 
-def report_left_out(name: str, left_out: dict[str, list[str]]) -> None:
-    """Prints how many samples of a manifest are left out, and which is one of them."""
-    for reason, places in left_out.items():
-        print(f"{name}: left out {len(places)} {reason}, such as {places[0]}", file=sys.stderr)
+def left_out_remarks(name: str, left_out: dict[str, list[str]]) -> list[str]:
+    """How many samples of a manifest are left out, and which is one of them: a line a reason."""
+    return [f"{name}: left out {len(places)} {reason}, such as {places[0]}\n"
+            for reason, places in left_out.items()]
 
 
-def table_samples(path: Path, columns: Sequence[str]) -> Iterator[dict]:
+def table_samples(path: Path, columns: dict[str, str], remarks: list[str]) -> Iterator[dict]:
     """Samples of a person's .csv or .tsv table, with absolute paths. Rows whose caption is empty
-    are left out and counted. DataError names the line of a row that cannot be read."""
+    are left out and counted. Manifest checks the fields of a row when it reads that row."""
     left_out = collections.defaultdict(list)
-    captions = {column_of("text", columns), "text", *ALIASES["text"]}
-    for source_line, row in table_rows(path):
-        for column in columns:
-            if column_of(column.partition("=")[0], [column]) not in row:
-                raise DataError(f"{path}: --columns {column}: the table has no such column; its "
-                                f"columns are {', '.join(row)}")
+    captions = {columns.get("text"), "text", *ALIASES["text"]}
+    for number, row in table_rows(str(path)):
+        source_line = f"{path}:{number}"
+        row = {name.lower(): cell for name, cell in row.items()}
+        renamed(row, columns, source_line)                  # that all columns are there
         sample = sample_of_row(row, source_line, columns)
-        sample["video"] = str(path.absolute().parent / need({**row, **sample}, "video"))
-        if captions & row.keys() and not any(texts_of(sample)) and "answer" not in sample:
+        if "video" in sample:
+            sample["video"] = str(path.absolute().parent / sample["video"])
+        else:
+            sample.update(row)                              # to be named in the error
+        has_words = any(sample.get(field) for field in WORDS)
+        if captions & row.keys() and not has_words and "answer" not in sample:
             left_out["rows without a caption"].append(source_line)
         else:
             yield sample
-    report_left_out(str(path), left_out)
+    remarks += left_out_remarks(str(path), left_out)
 
 
-def sample_of_row(row: dict, source_line: str, columns: Sequence[str]) -> dict:
-    """The fields of a sample from the cells of a row. A column is named as its field, as `columns`
-    says or as in ALIASES. Numbers and lists are written as in JSON or Python: 1.5, ["a", "b"]."""
+def sample_of_row(row: dict, source_line: str, columns: dict[str, str]) -> dict:
+    """The fields of a sample from the cells of a row, not yet checked. A column is named as its
+    field, as `columns` says or as in ALIASES. Numbers and lists are written as in JSON or Python:
+    1.5, ["a", "b"]."""
     cells = {key.lower(): value for key, value in row.items() if value not in (None, "")}
     sample = {"source_line": source_line}
     for field, expected in FIELDS.items():
         if expected == MEMBER:
             continue                                        # no column of a person's table
-        for name in (column_of(field, columns), field, *ALIASES.get(field, ())):
+        for name in (columns.get(field), field, *ALIASES.get(field, ())):
             if name in cells:
                 sample[field] = cell_value(cells[name], expected)
                 break
-    return checked(sample, source_line)
+    return sample
 
 
-def column_of(field: str, columns: Sequence[str]) -> str | None:
-    """The column that --columns names for a field, in lower case, or None."""
-    for column in columns:
-        name, equals, value = column.lower().partition("=")
-        if not equals or name not in FIELDS:
-            raise DataError(f"--columns {column}: expected FIELD=COLUMN, with a FIELD of "
+def parse_columns(flags: Sequence[str]) -> dict[str, str]:
+    """{field: its column in lower case} of flags such as "video=clip_name"."""
+    columns = {}
+    for flag in flags:
+        field, equals, column = flag.lower().partition("=")
+        if not equals or field not in FIELDS:
+            raise DataError(f"--columns {flag}: expected FIELD=COLUMN, with a FIELD of "
                             f"{', '.join(FIELDS)}")
-        if name == field:
-            return value
-    return None
+        columns[field] = column
+    return columns
+
+
+def renamed(fields: object, columns: dict[str, str], source_line: str) -> object:
+    """The fields of a line under the names that --columns gives them. DataError if one is not
+    there."""
+    if not isinstance(fields, dict):
+        return fields                                       # `checked` says so
+    names = {name.lower(): name for name in fields}
+    result = dict(fields)
+    for field, column in columns.items():
+        if column not in names:
+            raise DataError(f"{source_line}: --columns {field}={column}: there is no such column; "
+                            f"its columns are {', '.join(fields)}")
+        result[field] = fields[names[column]]
+    return result
 
 
 def cell_value(cell: object, expected: str) -> object:
@@ -706,57 +767,43 @@ def cell_value(cell: object, expected: str) -> object:
     return cell
 
 
-def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(source_line, {column in lower case: cell}) of each row of a .csv or .tsv table.
+def table_rows(path: str, columns: str = "") -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of its line, {column: cell}) of each row of a table.
 
-    Cells are divided by commas, tabs or semicolons, whichever the header has most of. The file is
-    UTF-8, or UTF-16 with a byte order mark. DataError names the line that cannot be read."""
-    with open(path, encoding=text_encoding(path), newline="") as file:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        lines = []                              # those of the row that is being read
+    Tabs, commas or semicolons part the cells, whichever the header has most of. A table without a
+    header gets the names in `columns`: tabs part its cells, and its quotes are characters.
+    DataError names the line that cannot be read."""
+    header = columns.split()
+    lines = []                                  # those of the row that is being read
+    with open_text(path) as file:
+        delimiter = "\t" if columns else delimiter_of(file.readline())
+        quoting = csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL
+        file.seek(0)
+        reader = csv.reader(remembered(file, lines), delimiter=delimiter, quoting=quoting)
         try:
-            header_line = file.readline()
-            delimiter = max(delimiter, ",", ";", "\t", key=header_line.count)
-            file.seek(0)
-            reader = csv.reader(remembered(file, lines), delimiter=delimiter)
-            header = []
             for cells in reader:
                 number = reader.line_num - len(lines) + 1
-                refuse_stray_quote(path, number, lines, cells, delimiter, len(header))
+                if not columns:
+                    refuse_stray_quote(path, number, lines, cells, delimiter, len(header))
                 if not header:
-                    header = [name.strip().lower() for name in cells]
+                    header = [name.strip() for name in cells]
                     cells = []
-                if any(cell.strip() for cell in cells[len(header):]):
+                if any(cell.strip() for cell in cells[len(header):]) and not columns:
                     raise DataError(f"{path}:{number}: has {len(cells)} cells, but the first line "
                                     f"names {len(header)} columns; put a text that holds "
                                     f"{delimiter!r} in quotes")
                 if cells:
-                    yield f"{path}:{number}", dict(zip(header, cells))
+                    cells += [""] * (len(header) - len(cells))
+                    yield number, dict(zip(header, cells))
                 lines.clear()
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num - len(lines) + 1}: the row that begins here "
                             f"cannot be read ({error}); does each quote in it close?") from None
-        except UnicodeError:
-            raise DataError(f"{path}:{undecodable_line(path)}: is not UTF-8; save the table again "
-                            'as UTF-8 (a spreadsheet calls it "CSV UTF-8")') from None
 
 
-def text_encoding(path: str | Path) -> str:
-    """The encoding of a text file: UTF-16 if it begins with that byte order mark, else UTF-8."""
-    with open(path, "rb") as file:
-        mark = file.read(2)
-    return "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-
-
-def undecodable_line(path: Path) -> int:
-    """The number, from 1, of the line of a file that is not UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeError:
-                return number
-    return number
+def delimiter_of(header: str) -> str:
+    """What parts the cells of a table with this first line."""
+    return max("\t,;", key=header.count)
 
 
 def remembered(lines: Iterable[str], memory: list[str]) -> Iterator[str]:
@@ -766,7 +813,7 @@ def remembered(lines: Iterable[str], memory: list[str]) -> Iterator[str]:
         yield line
 
 
-def refuse_stray_quote(path: Path, number: int, lines: list[str], cells: list[str],
+def refuse_stray_quote(path: str, number: int, lines: list[str], cells: list[str],
                        delimiter: str, columns: int) -> None:
     """DataError if a quote that is never closed has swallowed the rows after it.
 
@@ -780,8 +827,12 @@ def refuse_stray_quote(path: Path, number: int, lines: list[str], cells: list[st
         for line in re.split(r"\r\n|\r|\n", cell)[1:]:
             is_open = is_open or looks_like_row(line, delimiter, columns)
     if is_open:
-        quotes = itertools.accumulate(line.count('"') for line in lines)
-        number += [count % 2 for count in quotes].index(1)
+        quotes = 0
+        for line in lines:
+            quotes += line.count('"')
+            if quotes % 2 == 1:
+                break
+            number += 1
         raise DataError(f"{path}:{number}: a quote that opens here swallows the rows after it; "
                         "close it, or write it twice in a cell that is in quotes")
 
@@ -1125,9 +1176,13 @@ def decode(path: str | os.PathLike, pick: Pick, size: int | tuple[int, int] | No
         except (Doubtful, av.FFmpegError):
             return read_pixels(PlainDecode(source), pick, size, start, end)
     except (av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise Unreadable(f"{source}: cannot be decoded ({reason}); replace or re-encode it"
-                         ) from error
+        raise undecodable(source, error) from error
+
+
+def undecodable(source: Source, error: Exception) -> Unreadable:
+    """The error for a file in which a decoder meets `error`."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return Unreadable(f"{source}: cannot be decoded ({reason}); replace or re-encode it")
 
 
 def check_window(source: Source, start: float | None, end: float | None) -> None:
@@ -1471,7 +1526,11 @@ class FrameFolder:
 
     def frames(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame | None]]:
         for number in numbers:
-            _, _, frame = next(every_frame(self.images[number]))
+            image = self.images[number]
+            try:
+                _, _, frame = next(every_frame(image), (0, 0, None))
+            except (av.FFmpegError, OSError) as error:
+                raise undecodable(image, error) from error
             yield number, frame
 
 
@@ -1838,8 +1897,6 @@ def answers_of(manifest: Manifest) -> list[str]:
     They stand in answers.json beside the manifest, as `convert` writes it. Without such a file
     they are all answers of the manifest. DataError if there are none, or if they do not fit.
     """
-    counts = collections.Counter(
-        str(sample["answer"]) for sample in manifest if "answer" in sample)
     path = Path(manifest.names[0]).parent / "answers.json"
     if path.is_file():
         try:
@@ -1849,10 +1906,13 @@ def answers_of(manifest: Manifest) -> list[str]:
         if not isinstance(content, list):
             raise DataError(f"{path}: not a JSON list of answers, but {content!r:.60}")
         answers = list(dict.fromkeys(map(str, content)))
-        if counts.keys().isdisjoint(answers):
+        known = set(answers)
+        if not any(str(sample.get("answer")) in known for sample in manifest):
             raise DataError(f"{path}: holds no answer of {manifest.names[0]}; it may belong to "
                             "another data set: move one of the two to a folder of its own")
         return answers
+    counts = collections.Counter(
+        str(sample["answer"]) for sample in manifest if "answer" in sample)
     if not counts:
         raise DataError(f'{manifest.names[0]}: no line has an "answer"; expected '
                         '{"video": ..., "answer": "a word"}, for open-ended QA a "question" too')
@@ -2060,6 +2120,7 @@ def one_line_per_clip(manifest: Manifest) -> Manifest:
         return manifest
     merged = Manifest(paths)
     merged.names = manifest.names
+    merged.columns = manifest.columns
     return merged
 
 
@@ -2658,7 +2719,7 @@ def examine(task: tuple[dict, int, int]) -> tuple[int, float]:
 FATAL = "bad line", "missing file", "unreadable", "empty text"     # others are only reported
 
 
-def check(manifest: str | Path, workers: int = os.cpu_count(), timeout: float = 60, frames: int = 3,
+def check(manifest: str | Path, workers: int | None = None, timeout: float = 60, frames: int = 3,
           image_size: int = 224, vocab: str | None = None, max_text_len: int = 40, gpu: int = 400,
           columns: Sequence[str] = ()) -> dict[str, list[str]]:
     """The data doctor: reads every sample as in training and writes the usable lines to
@@ -2670,7 +2731,10 @@ def check(manifest: str | Path, workers: int = os.cpu_count(), timeout: float = 
     Only reported are clips of fewer than --frames frames, texts of more than --max_text_len
     tokens of --vocab (without one: words), and captions that several lines have.
     --gpu: clips/s that a GPU trains on. The last line says how many reading processes feed it.
+    Without --workers a process reads on each CPU core that this one may use.
     """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
     source = Manifest(manifest, columns)
     readers = Readers(examine, workers, timeout)
     count_tokens = token_counter(vocab)
@@ -2690,7 +2754,8 @@ def check(manifest: str | Path, workers: int = os.cpu_count(), timeout: float = 
             fault = "missing file" if isinstance(error, MissingFile) else "unreadable"
             return Examination(None, fault=fault, detail=f"{sample['source_line']}: {error}")
 
-    for i, examined in enumerate(readers.ahead(examine_line, range(len(source)), depth=64)):
+    for i, examined in enumerate(readers.ahead(examine_line, range(len(source)),
+                                               max(64, 2 * workers))):
         if examined.sample is None:
             line_faults = [(examined.fault, examined.detail)]
         else:
@@ -2702,8 +2767,9 @@ def check(manifest: str | Path, workers: int = os.cpu_count(), timeout: float = 
             faults[fault].append(detail)
             if fault in FATAL:
                 unusable.add(i)
-        if i % 20 == 19:
-            print(f"\r{i + 1}/{len(source)} samples, {len(unusable)} bad  ", end="",
+        if sys.stderr.isatty() and (i % 20 == 19 or i + 1 == len(source)):
+            end = "\n" if i + 1 == len(source) else ""
+            print(f"\r{i + 1}/{len(source)} samples, {len(unusable)} bad  ", end=end,
                   file=sys.stderr)
     for fault, details in sorted(faults.items()):
         print(f"\n{fault}: {len(details)}, such as")
@@ -2821,19 +2887,9 @@ def read_lines(path: str) -> Iterator[str]:
 
 
 def read_table(path: str, columns: str = "") -> Iterator[dict[str, str]]:
-    """The rows of a table as {column: cell}.
-
-    Tabs, semicolons or commas part the cells, whichever the header has most of. A table without a
-    header gets the names in `columns`: tabs part its cells, and its quotes are characters.
-    """
-    with open_text(path) as file:
-        if columns:
-            yield from csv.DictReader(file, columns.split(), restval="", delimiter="\t",
-                                      quoting=csv.QUOTE_NONE)
-        else:
-            header = file.readline()
-            file.seek(0)
-            yield from csv.DictReader(file, restval="", delimiter=max("\t;,", key=header.count))
+    """The rows of a table as {column: cell}; see table_rows."""
+    for _, row in table_rows(path, columns):
+        yield row
 
 
 def read_json(path: str) -> Any:
@@ -2868,7 +2924,7 @@ def read_items(path: str, chunk: int = 1 << 24) -> Iterator[tuple[str, Any]]:
                     value, position = decoder.raw_decode(text, key.end())
                     yield key[1], value
             text = text[position:]
-    if text.strip() != "}":
+    if text.strip() not in ("}", "{}"):
         raise ValueError("its end is missing: download it again")
 
 
@@ -2879,7 +2935,7 @@ def columns_of(path: str) -> set[str]:
     if text.startswith(("[", "{")):
         return set(re.findall(r'"([^"\\]*)"\s*:', text))
     header = text.partition("\n")[0]
-    cells = header.split(max("\t;,", key=header.count))
+    cells = header.split(delimiter_of(header))
     return {cell.strip().strip('"') for cell in cells}
 
 
@@ -2986,15 +3042,15 @@ def preference(path: str) -> int:
 
 def distinct(paths: list[str], by_name: bool) -> list[str]:
     """The files without copies of others. by_name: a copy has also the name of the other one."""
-    sizes = collections.Counter(os.path.getsize(path) for path in paths)
+    looks = [(file_name(path) if by_name else "", os.path.getsize(path)) for path in paths]
+    counts = collections.Counter(looks)
     originals = {}
-    for path in paths:
+    for path, look in zip(paths, looks):
         content = path
-        if sizes[os.path.getsize(path)] > 1:
+        if counts[look] > 1:                            # only then the content is worth reading
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha1").hexdigest()
-        key = (file_name(path), content) if by_name else content
-        originals.setdefault(key, path)
+        originals.setdefault((look, content), path)
     return list(originals.values())
 
 
@@ -3062,7 +3118,7 @@ class SourceFiles:
         if not os.path.isdir(videos):
             unpack = "; unpack it first" if videos.lower().endswith(ARCHIVES) else ""
             raise DataError(f"--videos {videos}: no such folder{unpack}")
-        for folder, _, files in os.walk(videos, followlinks=True):
+        for folder, _, files in walk(videos):
             self.folders.add(os.path.basename(folder))
             for file in files:
                 self.clips[stem(file)].append(os.path.join(folder, file))
@@ -3789,7 +3845,7 @@ def convert(name: str, annotations: Sequence[str], videos: str, out: str) -> Non
 
     answers.json lists the training answers to open questions, the commonest first (Sec. 4.2.1). It
     counts all of them, whether or not the clips are on disk. Files of these names that an earlier
-    conversion left in OUT, and that this one does not write, are renamed to NAME.old.
+    conversion left in OUT, and that this one does not write, become NAME.old, .old2, ...
 
     DataError if nothing is left or a file is not as published. OUT is then as it was.
     """
@@ -3840,8 +3896,13 @@ def set_aside(out: str, written: list[str]) -> Iterator[str]:
     """Renames the files of an earlier conversion that this one does not replace; says so."""
     for file in ("train.jsonl", "val.jsonl", "test.jsonl", "answers.json"):
         if file not in written and os.path.exists(f"{out}/{file}"):
-            os.replace(f"{out}/{file}", f"{out}/{file}.old")
-            yield f"{out}/{file} was there before and is now {file}.old"
+            old = f"{file}.old"
+            number = 1
+            while os.path.exists(f"{out}/{old}"):
+                number += 1
+                old = f"{file}.old{number}"
+            os.replace(f"{out}/{file}", f"{out}/{old}")
+            yield f"{out}/{file} was there before and is now {old}"
 
 
 # ==== Command line ================================================================================

@@ -1705,6 +1705,13 @@ def test_hidden_files_are_no_frames(tmp_path):
     assert decode(tmp_path, range).shape[0] == 1
 
 
+def test_a_bad_image_of_a_folder_is_named(tmp_path):
+    picture(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(b"")
+    with pytest.raises(Unreadable, match="2.png: cannot be decoded"):
+        decode(tmp_path, range)
+
+
 def test_images_of_a_folder_take_the_first_ones_size(tmp_path):
     picture(tmp_path / "1.png", (40, 20))
     picture(tmp_path / "2.png", (31, 20))
@@ -2187,6 +2194,7 @@ def test_several_manifests_follow_one_another(tmp_path):
     ('{"video": "a", "start": 3, "end": 3}', '"end" is 3 and "start" 3; expected a start before'),
     ('{"video": "a", "captions": [[0, NaN, "x"]]}', '"captions" is .*; expected a list of'),
     ('{"video": "a", "captions": [[0, 1]]}', '"captions" is .*; expected a list of'),
+    ('{"video": "a", "captions": [[0, 1, "x"]], "start": 2}', 'has "captions".* beside "start"'),
     ('{"video": "a", "boxes": [[0, 1, 2, 3, "x"]]}', '"boxes" is .*; expected a list of'),
     ('{"video": "a", "texts": "x"}', "\"texts\" is 'x'; expected a list of texts"),
     ('{"video": "a", "options": ["x", 1]}', '"options" is .*; expected a list of texts'),
@@ -2207,7 +2215,7 @@ def test_a_bad_line_is_named(line, complaint, tmp_path):
 
 def test_every_field_of_a_good_line_is_kept(tmp_path):
     fields = {"text": "a", "texts": ["a", "b"], "captions": [[0, 1.5, "a"]], "question": "a?",
-              "options": ["a", "b"], "answer": 1, "start": 0, "end": 2.5, "fps": 3,
+              "options": ["a", "b"], "answer": 1, "fps": 3,
               "boxes": [[0, 1, 2, 3, 4.5]], "kind": "x", "image": False, "id": {"any": "thing"},
               "member": {"name": "a.mp4", "offset": 512, "size": 3}}
     (tmp_path / "m.jsonl").write_text(json_lines({"video": "a.tar", "note": None, **fields}))
@@ -2311,26 +2319,44 @@ def test_a_stray_quote_swallows_no_rows(quoted, name, ending, tmp_path):
     ("path;start\na;2,5\n", 2, "\"start\" is '2,5'; expected a finite number"),
     ("path,texts\na,\"['x']\"\nb,x;y\n", 3, "\"texts\" is 'x;y'; expected a list of texts"),
     ("path,text\na.mp4,a dog, it runs\n", 2, "has 3 cells, but the first line names 2 columns"),
-    ("name,text\na.mp4,x\n", 2, 'lacks "video"; .* name, text .*--columns video=NAME'),
+    ("name,text\na.mp4,x\n", 2, 'lacks "video"; .* text, name .*--columns video=NAME'),
     ("path,text\na,x\nb," + "x" * 140_000, 3, "the row that begins here cannot be read"),
-    ("path,text\na,x\nb,\xfc\n", 3, "is not UTF-8; save the table again as UTF-8"),
 ])
 def test_a_bad_row_is_named(content, line, complaint, tmp_path):
     (tmp_path / "a.csv").write_text(content, encoding="cp1252")
     with pytest.raises(DataError, match=f"a.csv:{line}: {complaint}") as error:
-        Manifest(tmp_path / "a.csv")
+        list(Manifest(tmp_path / "a.csv"))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("columns, complaint", [
-    (["text=en"], "--columns text=en: the table has no such column; its columns are video, text"),
+    (["text=en"], ":2: --columns text=en: there is no such column; its columns are video, text"),
     (["text"], "--columns text: expected FIELD=COLUMN"),
     (["caption=text"], "--columns caption=text: expected FIELD=COLUMN, with a FIELD of video, te"),
 ])
-def test_a_wrong_column_is_refused(columns, complaint, tmp_path):
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_wrong_column_is_refused(name, columns, complaint, tmp_path):
     (tmp_path / "a.csv").write_text("video,text\na.mp4,x\n")
+    (tmp_path / "a.jsonl").write_text('\n{"video": "a.mp4", "text": "x"}\n')
     with pytest.raises(DataError, match=complaint):
-        Manifest(tmp_path / "a.csv", columns)
+        list(Manifest(tmp_path / name, columns))
+
+
+def test_keys_of_lines_may_have_other_names(tmp_path):
+    line = {"Clip": "a.mp4", "text": "eine Kuh", "en": "cow"}
+    (tmp_path / "m.jsonl").write_text(json_lines(line))
+    (sample,) = Manifest(tmp_path / "m.jsonl", ["video=clip", "text=en"])
+    assert (sample["video"], sample["text"]) == (str(tmp_path / "a.mp4"), "cow")
+
+
+def test_windows_1252_tables_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text("video,text\na.mp4,ein Hündchen\n", encoding="cp1252")
+    assert samples_of(tmp_path / "a.csv") == [{"video": "a.mp4", "text": "ein Hündchen"}]
+
+
+def test_a_bad_row_leaves_the_others(tmp_path):
+    (tmp_path / "a.csv").write_text("video,start,end\na.mp4,5,3\nb.mp4,1,2\n")
+    assert Manifest(tmp_path / "a.csv")[1]["end"] == 2
 
 
 def test_a_changed_table_is_read_again(tmp_path):
@@ -2403,6 +2429,28 @@ def test_clips_without_a_readable_caption_are_counted(tmp_path, capsys):
         assert f"{path}: left out 2 clips without a caption, such as" in printed
         assert "left out 2 clips with an unreadable caption, such as" in printed
         assert "left out 1 clips beside another clip of their name, such as" in printed
+
+
+def test_what_is_left_out_is_said_each_time(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.csv").write_text("video,text\na,x\nb,\n")
+    for rank, times in ("0", 1), ("0", 1), ("1", 0):
+        monkeypatch.setenv("RANK", rank)
+        Manifest(tmp_path / "a.csv")
+        assert capsys.readouterr().err.count("left out 1 rows without a caption") == times
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").mkdir()
+    write_files(tmp_path / "disk", {"a.mp4": "", "a.txt": "x"})
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "itself").symlink_to(tmp_path / "disk")
+    assert samples_of(tmp_path / "set") == [{"video": "a.mp4", "text": "x"}]
+
+
+def test_frames_of_a_folder_with_an_ending_are_no_clips(tmp_path):
+    write_files(tmp_path, {"a.mp4/1.jpg": "", "a.mp4/2.jpg": ""})
+    assert [file.name for file in data.clip_files(tmp_path)] == [str(tmp_path / "a.mp4")]
 
 
 def test_a_changed_folder_is_read_again(tmp_path):
@@ -3273,7 +3321,7 @@ def test_a_manifest_of_unreadable_clips_stops_training(tmp_path):
 @on_linux
 def test_a_deadline_is_that_of_one_task_and_a_reader_ends_with_its_trainer():
     code = ("import data, os, time; readers = data.Readers(time.sleep, 1, 1); readers(0.0); "
-            "time.sleep(1.5); readers(0.5); print(*[p.pid for p in readers.processes], flush=True); "
+            "time.sleep(1.5); readers(0.5); print(readers.processes.pop().pid, flush=True); "
             "os.kill(os.getpid(), 9)")
     pid = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE).stdout
     deadline = time.monotonic() + 20
@@ -3406,6 +3454,12 @@ def test_the_data_doctor_names_every_fault(faulty):
     for fault, details in data.check(faulty, workers=1, timeout=30).items():
         found[fault] = [int(re.match(r".*?m\.jsonl:(\d+)", detail)[1]) for detail in details]
     assert found == expected
+
+
+def test_the_data_doctor_goes_on_after_a_bad_row(tmp_path):
+    film(tmp_path / "a.mp4", "n=12")
+    (tmp_path / "a.csv").write_text("video,text,start,end\na.mp4,x,5,3\na.mp4,y,0,1\n")
+    assert list(data.check(tmp_path / "a.csv", workers=0)) == ["bad line"]
 
 
 def test_the_clean_manifest_holds_the_usable_lines(faulty, capsys):
@@ -4134,6 +4188,21 @@ def test_manifests_of_an_earlier_conversion_step_aside(converted, tmp_path, caps
     assert "train.jsonl was there before and is now train.jsonl.old" in capsys.readouterr().out
 
 
+def test_no_earlier_conversion_is_lost(converted, tmp_path):
+    write_source_files(tmp_path / "out", {"train.jsonl": "new", "train.jsonl.old": "old"})
+    converted("activitynet", ANET, ["QOl.mp4"])
+    assert (tmp_path / "out" / "train.jsonl.old").read_text() == "old"
+    assert (tmp_path / "out" / "train.jsonl.old2").read_text() == "new"
+
+
+def test_a_stray_quote_in_an_annotation_file_is_refused(converted):
+    rows = [f"ret{i},msr{i},video{i},a cat" for i in range(10)]
+    rows[3] = 'ret3,msr3,video3,"a cat'
+    notes = {"MSRVTT_JSFUSION_test.csv": "\n".join(["key,vid_key,video_id,sentence", *rows])}
+    with pytest.raises(DataError, match="_test.csv:5: a quote that opens here swallows the rows"):
+        converted("msrvtt_9k", notes, MSRVTT_CLIPS)
+
+
 KINETICS_ROWS = "label,youtube_id,time_start,time_end\nyoga,-3B,59,69\n"
 
 
@@ -4191,6 +4260,8 @@ def test_huge_caption_files_are_read_in_pieces(tmp_path):
     path.write_text(json.dumps(captions, indent=1))
     for chunk in 1, 7, 1 << 20:
         assert dict(data.read_items(str(path), chunk)) == captions
+    path.write_text("{}")
+    assert dict(data.read_items(str(path))) == {}
 
 
 @pytest.mark.parametrize("name, notes, annotations, message", [
