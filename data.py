@@ -198,7 +198,7 @@ class Manifest:
         sample = {"source_line": source_line}
         if isinstance(fields, dict):    # of a table, a folder or a shard, it says where it is from
             sample["source_line"] = fields.get("source_line", source_line)
-        if str(self.paths[manifest_id]) == self.names[manifest_id]:     # else they are renamed there
+        if str(self.paths[manifest_id]) == self.names[manifest_id]:    # of a table, they are
             fields = renamed(fields, self.columns, source_line)
         sample.update(checked(fields, sample["source_line"]))
         folder = self.paths[manifest_id].absolute().parent
