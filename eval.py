@@ -183,7 +183,7 @@ def gather_objects(objects: list) -> list:
     return gathered
 
 
-def in_order(predictions: list[dict]) -> list[dict]:
+def gather_sorted(predictions: list[dict]) -> list[dict]:
     """The predictions of all processes, sorted by "index"."""
     return sorted(gather_objects(predictions), key=lambda prediction: prediction["index"])
 
@@ -436,8 +436,10 @@ class Scorer:
         missing = [i for i in range(len(self.clips)) if clip_keys[i] not in stored]
         end = 0
         while end < len(missing):
+            # chunks of 2048, 2048, 4096, 8192, ...: each saving rewrites the file, so they grow
+            # with it
             begin = end
-            end = max(self.CHUNK, 2 * begin)           # doubled, for each saving writes them all
+            end = max(self.CHUNK, 2 * begin)
             for i, feature in self.encode_clips(missing[begin:end], encode):
                 stored[clip_keys[i]] = feature
             if sys.stdout.isatty():
@@ -581,7 +583,7 @@ def score_choice(scorer: Scorer) -> list[dict]:
         prediction["metrics"] = {"accuracy %": recall_of_label(scores, label)[1],
                                  "chance %": 100 / len(scores)}
         predictions.append(prediction)
-    return in_order(predictions)
+    return gather_sorted(predictions)
 
 
 def score_qa(scorer: Scorer) -> list[dict]:
@@ -600,7 +602,7 @@ def score_qa(scorer: Scorer) -> list[dict]:
         if label >= 0:
             prediction["metrics"]["in vocabulary %"] = accuracy
         predictions.append(prediction)
-    predictions = in_order(predictions)
+    predictions = gather_sorted(predictions)
     add_majority(predictions)
     return predictions
 
@@ -618,7 +620,7 @@ def score_probe(scorer: Scorer) -> list[dict]:
         for k, recall in recall_of_label(scores, label).items():
             prediction["metrics"][f"top-{k} %"] = recall
         predictions.append(prediction)
-    return in_order(predictions)
+    return gather_sorted(predictions)
 
 
 def score_pretraining(scorer: Scorer) -> list[dict]:
@@ -638,7 +640,7 @@ def score_pretraining(scorer: Scorer) -> list[dict]:
                 labels[name] = score.labels.tolist()
         for name in logits:
             predictions += objective_predictions(name, batch, logits[name], labels[name])
-    return in_order(predictions)
+    return gather_sorted(predictions)
 
 
 def objective_predictions(objective: str, batch: dict, logits: Tensor, labels: list[int]
@@ -727,7 +729,7 @@ class Side(NamedTuple):
     """Clips or captions, N of them: queries of one direction, candidates of the other."""
 
     names: list[str]
-    index: Tensor        # (N,) the sample of a clip; the number of a caption among the texts
+    index: list[int]     # the sample of a clip; the number of a caption among the texts
     embedding: Tensor    # (N, E) float64
     clip: Tensor         # (N,) the clip that each one is, or describes: equal where both belong
 
@@ -742,14 +744,16 @@ def score_retrieval(scorer: Scorer) -> list[dict]:
     clips, captions, texts = encode_sides(scorer)
     if not clips.names:
         return []
-    best = scorer.config.rerank
-    text_pairs = best_pairs(captions, clips, best)                         # (caption, clip)
-    video_pairs = [(t, v) for v, t in best_pairs(clips, captions, best)]
-    matched = rerank(scorer, clips, captions, texts, [*text_pairs, *video_pairs])
-    text_scores = {(t, v): matched[t, v] for t, v in text_pairs if (t, v) in matched}
-    video_scores = {(v, t): matched[t, v] for t, v in video_pairs if (t, v) in matched}
-    return [*rank("text to video", captions, clips, text_scores),
-            *rank("video to text", clips, captions, video_scores)]
+    text_pairs = best_pairs(captions, clips, scorer.config.rerank)         # (caption, clip)
+    video_pairs = best_pairs(clips, captions, scorer.config.rerank)        # (clip, caption)
+    text_keys = {(t, v): (clips.index[v], captions.index[t]) for t, v in text_pairs}
+    video_keys = {(v, t): (clips.index[v], captions.index[t]) for v, t in video_pairs}
+    wanted = defaultdict(list)                                             # {sample: texts}
+    for sample, text in [*text_keys.values(), *video_keys.values()]:
+        wanted[sample].append(text)
+    logits = joint_logits(scorer, texts, wanted)
+    return [*rank_candidates("text to video", captions, clips, text_keys, logits),
+            *rank_candidates("video to text", clips, captions, video_keys, logits)]
 
 
 def encode_sides(scorer: Scorer) -> tuple[Side, Side, list[tuple[int, ...]]]:
@@ -768,7 +772,7 @@ def encode_sides(scorer: Scorer) -> tuple[Side, Side, list[tuple[int, ...]]]:
                 ids = batch["text_ids"][t][batch["text_mask"][t]]
                 row["captions"].append((tuple(ids.tolist()), text[t].clone()))
             rows.append(row)
-    return sides_of(in_order(rows))
+    return sides_of(gather_sorted(rows))
 
 
 def sides_of(rows: list[dict]) -> tuple[Side, Side, list[tuple[int, ...]]]:
@@ -791,12 +795,11 @@ def sides_of(rows: list[dict]) -> tuple[Side, Side, list[tuple[int, ...]]]:
             numbers.append(texts[ids])
             clip.append(v)
     if not rows:
-        empty = Side([], torch.empty(0), torch.empty(0, 0), torch.empty(0))
+        empty = Side([], [], torch.empty(0, 0), torch.empty(0))
         return empty, empty, []
-    clips = Side([row["source_line"] for row in rows], torch.tensor([r["index"] for r in rows]),
+    clips = Side([row["source_line"] for row in rows], [row["index"] for row in rows],
                  torch.stack([row["video"].double() for row in rows]), torch.arange(len(rows)))
-    captions = Side(names, torch.tensor(numbers), torch.stack(embeddings)[numbers],
-                    torch.tensor(clip))
+    captions = Side(names, numbers, torch.stack(embeddings)[numbers], torch.tensor(clip))
     return clips, captions, list(texts)
 
 
@@ -823,45 +826,32 @@ def best_pairs(queries: Side, candidates: Side, k: int) -> list[tuple[int, int]]
     return gather_objects(pairs)
 
 
-def rerank(scorer: Scorer, clips: Side, captions: Side, texts: list[tuple[int, ...]],
-           pairs: list[tuple[int, int]]) -> dict[tuple[int, int], float]:
-    """{(caption, clip): VTM's matched logit} of these pairs; equal captions are scored once.
-
-    A clip that has become unreadable since it was encoded has none.
-    """
-    wanted = defaultdict(list)
-    for t, v in pairs:
-        wanted[int(clips.index[v])].append(int(captions.index[t]))
-    logits = joint_logits(scorer, texts, wanted)
-    matched = {}
-    for t, v in pairs:
-        key = int(clips.index[v]), int(captions.index[t])
-        if key in logits:
-            matched[t, v] = logits[key][1]
-    return matched
-
-
-def rank(direction: str, queries: Side, candidates: Side, matched: dict[tuple[int, int], float]
-         ) -> list[dict]:
+def rank_candidates(direction: str, queries: Side, candidates: Side,
+                    keys: dict[tuple[int, int], tuple[int, int]],
+                    logits: dict[tuple[int, int], list[float]]) -> list[dict]:
     """A prediction for each query: recall and rank of its best right candidate.
 
-    matched: {(query, candidate): logit} of the pairs that VTM has scored. A query's candidates in
-    it stand before all others, in the order of their logits; the rest is in the order of cosines.
+    keys: {(query, candidate): (sample, text)} of the pairs to be re-ranked. logits: of
+    joint_logits; a clip that has become unreadable since it was encoded has none. A query's
+    re-ranked candidates stand before all others, in the order of their matched logits; the rest is
+    in the order of cosines.
     """
-    scored = defaultdict(list)
-    for (query, candidate), logit in matched.items():
-        scored[query].append((candidate, logit))
+    matched = defaultdict(list)                                            # of each query
+    for (query, candidate), key in keys.items():
+        if key in logits:
+            matched[query].append((candidate, logits[key][1]))
     predictions = []
     for block, scores in cosine_blocks(queries, candidates):
         reranked = torch.zeros_like(scores, dtype=torch.bool)
         for row, q in enumerate(block.tolist()):
-            for candidate, logit in scored[q]:
+            for candidate, logit in matched[q]:
                 reranked[row, candidate] = True
                 scores[row, candidate] = logit
         relevant = queries.clip[block, None] == candidates.clip                # (q, G)
         counts = count_above(scores, reranked, relevant).tolist()
-        # of equal candidates, the earliest is "best"
-        best = scores.masked_fill(reranked != reranked.any(1, keepdim=True), -torch.inf).argmax(1)
+        # re-ranked candidates, if the query has any; of equal ones, the earliest is "best"
+        eligible = reranked | ~reranked.any(1, keepdim=True)
+        best = scores.masked_fill(~eligible, -torch.inf).argmax(1)
         for q, b, (above, wrong, right) in zip(block.tolist(), best.tolist(), counts):
             position, recall = expected_rank(above, wrong, right)
             metrics = {f"R@{k} %": value for k, value in recall.items()}
@@ -869,20 +859,21 @@ def rank(direction: str, queries: Side, candidates: Side, matched: dict[tuple[in
             metrics["mean rank"] = position
             predictions.append({"index": q, "source_line": queries.names[q], "kind": direction,
                                 "best": candidates.names[b], "metrics": metrics})
-    return in_order(predictions)
+    return gather_sorted(predictions)
 
 
 def count_above(scores: Tensor, reranked: Tensor, relevant: Tensor) -> Tensor:
     """(Q, 3): what expected_rank takes, for each query.
 
-    scores: (Q, G). reranked: bool (Q, G), the candidates that stand before all that are not.
-    relevant: bool (Q, G), the right ones.
+    scores: (Q, G). relevant: bool (Q, G), the right candidates. Candidates form two groups: the
+    re-ranked ones, bool (Q, G), then the rest. The best right one lies in the first group that
+    holds a right one.
     """
-    level = (relevant & reranked).any(1, keepdim=True)         # whether the best right is reranked
-    same_level = reranked == level
-    best = scores.masked_fill(~(relevant & same_level), -torch.inf).amax(1, keepdim=True)   # (Q, 1)
-    above = (same_level & (scores > best)) | (reranked & ~level)
-    tied = same_level & (scores == best)
+    right_is_reranked = (relevant & reranked).any(1, keepdim=True)         # (Q, 1)
+    in_same_group = reranked == right_is_reranked
+    best = scores.masked_fill(~(relevant & in_same_group), -torch.inf).amax(1, keepdim=True)
+    above = (in_same_group & (scores > best)) | (reranked & ~right_is_reranked)
+    tied = in_same_group & (scores == best)
     return torch.stack([above.sum(1), (tied & ~relevant).sum(1), (tied & relevant).sum(1)], 1)
 
 
@@ -998,9 +989,10 @@ def block_attention(model: AllInOne, clip: dict) -> list[tuple[Tensor, Tensor]]:
     blocks = []
 
     def record(attention, inputs, output):
-        shares = attention.weights(*inputs)[:, :m]     # (S, m, m+1+n); "flatten": (1, m, m+S(1+n))
-        on_text = shares[:, :, :m].mean(0)
-        on_video = shares[:, :, m:].transpose(0, 1).reshape(m, S, -1) / len(shares)
+        # (S, m, m + 1 + n); with "flatten" all frames are one sequence: (1, m, m + S(1 + n))
+        shares = attention.weights(*inputs)[:, :m]
+        on_text = shares[:, :, :m].mean(0)             # over the frames of the text's queries
+        on_video = shares[:, :, m:].transpose(0, 1).reshape(m, S, -1) / shares.shape[0]
         blocks.append((on_text, on_video))
 
     hooks = [block.attn.register_forward_hook(record) for block in model.blocks]
@@ -1019,7 +1011,9 @@ def explain(scorer: Scorer, clip: dict) -> dict:
     model = scorer.model
     tokenizer = scorer.clips.tokenizer
     layer = scorer.config.block or model.config.depth
-    video, ids, mask = clip["video"], clip["text_ids"], clip["text_mask"]
+    video = clip["video"]
+    ids = clip["text_ids"]
+    mask = clip["text_mask"]
     S = video.shape[1]
     masks = ids == tokenizer.mask_id
     if masks.any():
@@ -1241,7 +1235,7 @@ def run_on_videos(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig,
         for batch, views in scorer.read(size=1):
             result = VIDEO_TASKS[config.task](scorer, views[0])
             results.append({"index": int(batch["index"][0]), **result})
-        results = in_order(results)
+        results = gather_sorted(results)
     for line in scorer.all_unreadable():
         _, _, reason = line.partition(": ")            # without the temporary manifest's name
         print_main(f"unreadable: {reason}")
@@ -1492,7 +1486,9 @@ def draw_panel(panel: Panel, x: str, width: int, height: int) -> Image.Image:
     title = wrap(panel.title, width - 16)
     columns = 2                                        # of the legend
     top = LINE * (len(title) + math.ceil(len(panel.names) / columns)) + 14
-    left, right, bottom = 56, width - 16, height - 36
+    left = 56
+    right = width - 16
+    bottom = height - 36
     highest = 1e-9
     for row in panel.rows:
         numbers = [row[name] for name in panel.names if name in row]
@@ -1636,7 +1632,7 @@ def made_up_inputs(config: Config, device: torch.device, batch: int) -> tuple[Te
     return video, ids
 
 
-def seconds_of(run: Callable[[], Tensor], device: torch.device, at_least: float = 2.0) -> float:
+def time_call(run: Callable[[], Tensor], device: torch.device, at_least: float = 2.0) -> float:
     """Seconds of a call, on average over so many seconds, after one call that warms up."""
     def call():
         with torch.no_grad(), half_precision(device):
@@ -1650,7 +1646,7 @@ def measure_throughput(config: Config, device: torch.device, batch: int) -> floa
     """Clips a second through the joint pass with full-length text, in evaluation mode (Tab. 1)."""
     model = AllInOne(config).to(device).eval()
     video, ids = made_up_inputs(config, device, batch)
-    return batch / seconds_of(lambda: model(video, ids).pooled, device)
+    return batch / time_call(lambda: model(video, ids).pooled, device)
 
 
 def profile(sizes: dict, batch: int, device: torch.device) -> None:
@@ -1687,8 +1683,8 @@ def retrieval_times(config: Config, device: torch.device) -> list[dict]:
     """Rows of Tab. 14: milliseconds to encode a clip and a text (batch of one) and to rank."""
     model = AllInOne(config).to(device).eval()
     video, ids = made_up_inputs(config, device, 1)
-    seconds = {"encode a clip": seconds_of(lambda: video_embedding(model, video), device),
-               "encode a text": seconds_of(lambda: text_embedding(model, ids), device),
+    seconds = {"encode a clip": time_call(lambda: video_embedding(model, video), device),
+               "encode a text": time_call(lambda: text_embedding(model, ids), device),
                "rank 1,000 clips": ranking_seconds(1000, 1),
                "rank 1,000,000 clips": ranking_seconds(1_000_000, 1)}
     return [{"step": step, "ms": 1000 * seconds[step], "paper ms": paper}

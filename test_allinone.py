@@ -6799,4 +6799,4 @@ def test_seconds_are_those_of_a_call():                        # Tab. 1, Tab. 14
     def call():
         time.sleep(0.02)
         return torch.zeros(1)
-    assert 0.02 <= eval.seconds_of(call, torch.device("cpu"), at_least=0.1) < 0.2
+    assert 0.02 <= eval.time_call(call, torch.device("cpu"), at_least=0.1) < 0.2
