@@ -1194,9 +1194,7 @@ def video_manifest(config: EvalConfig) -> str:
         raise DataError(f"--video {' '.join(config.video)}: no clip there; expected video files, "
                         "folders of them, or manifests")
     for sample in samples:
-        sample["question"] = config.text[0]
         sample["texts"] = list(config.text)
-        sample["answer"] = "?"
     return str(temporary_manifest(samples))
 
 
@@ -1218,11 +1216,10 @@ def run_on_videos(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig,
     Prints and returns the results, each with the name of its "video"; draws them if there is --out.
     """
     warn_of_unknown_words(tokenizer, config.text)
-    reading_task = {"ask": "qa", "search": "probe"}.get(config.task, "retrieval")
     config = replace(config, views=1, data=(video_manifest(config),))
     if config.task in ("explain", "attention"):        # maps need the patches in their places
         model.config = replace(model.config, patch_order="raster")
-    reading = replace(config, task=reading_task)
+    reading = replace(config, task="retrieval")        # a clip with its texts
     clips = reading.open_clips(model, tokenizer, answers)
     kinds = {is_image(sample) for sample in clips.manifest}
     if len(kinds) > 1:                                 # no micro-batch holds images and clips
