@@ -198,7 +198,8 @@ class Manifest:
         sample = {"source_line": source_line}
         if isinstance(fields, dict):    # of a table, a folder or a shard, it says where it is from
             sample["source_line"] = fields.get("source_line", source_line)
-        if str(self.paths[manifest_id]) == self.names[manifest_id]:    # of a table, they are
+        # The samples of a table, a folder or a shard have our names already.
+        if str(self.paths[manifest_id]) == self.names[manifest_id]:
             fields = renamed(fields, self.columns, source_line)
         sample.update(checked(fields, sample["source_line"]))
         folder = self.paths[manifest_id].absolute().parent
@@ -489,34 +490,58 @@ def stamp(path: str | Path) -> tuple[str, int, int]:
 
 
 @dataclass(frozen=True)
-class StoredFile:
-    """A file of a folder, or a member of a shard: some of the bytes of another file."""
-    path: str           # of the file or of the shard, absolute
-    name: str           # of the file or of the member
-    offset: int = 0     # of its bytes in `path`
-    size: int = -1      # -1: all bytes
+class Source:
+    """A file, or a member of a shard: some of the bytes of a file. str() names it in messages."""
+    path: str                   # of the file or of the shard
+    name: str = ""              # of the file or of the member
+    offset: int = 0             # of its bytes in `path`
+    size: int | None = None     # None: all bytes
 
-    def read(self) -> str:
-        """Its text. UnicodeDecodeError if it is not UTF-8."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size).decode("utf-8-sig")
+    def __str__(self) -> str:
+        return f"{self.path}, member {self.name}" if self.is_member else self.path
 
     @property
     def is_member(self) -> bool:
-        return self.size >= 0
+        return self.size is not None
+
+    @property
+    def length(self) -> int:
+        """In bytes."""
+        return self.size if self.is_member else os.path.getsize(self.path)
+
+    @property
+    def url(self) -> str:
+        """What FFmpeg opens: its own protocol for a range of bytes is as fast as a file."""
+        file = f"file:{self.path}"      # in 12:30.jpg, 12 would be a protocol
+        if not self.is_member:
+            return file
+        return f"subfile,,start,{self.offset},end,{self.offset + self.size},,:{file}"
 
     @property
     def source_line(self) -> str:
-        """What messages call it: file:1, or shard:member."""
+        """What the sample of this caption or clip is called: file:1, or shard:member."""
         return f"{self.path}:{self.name if self.is_member else 1}"
 
+    def read(self) -> bytes:
+        """All bytes."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
     def fields(self) -> dict:
-        """The fields of a sample that show this clip."""
+        """The fields of a sample that show this clip; see source_of."""
         if not self.is_member:
             return {"video": self.path}
         member = {"name": self.name, "offset": self.offset, "size": self.size}
         return {"video": self.path, "member": member}
+
+
+def source_of(sample: dict) -> Source:
+    """The bytes of the clip that a sample names."""
+    member = sample.get("member")
+    if member is None:
+        return Source(sample["video"])
+    return Source(sample["video"], member["name"], member["offset"], member["size"])
 
 
 SIDECARS = ".txt", ".json"      # a caption beside its clip
@@ -535,7 +560,7 @@ def walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield parent, folders, files
 
 
-def folder_files(folder: Path) -> list[StoredFile]:
+def folder_files(folder: Path) -> list[Source]:
     """The clips, captions and shards below a folder, by name."""
     paths = []
     for parent, folders, names in walk(folder.absolute()):
@@ -550,10 +575,10 @@ def folder_files(folder: Path) -> list[StoredFile]:
             if ending in (*MEDIA, *SIDECARS, ".tar") and not name.startswith("._"):
                 paths.append(os.path.join(parent, name))
     paths.sort(key=Path)
-    return [StoredFile(path, path) for path in paths]
+    return [Source(path, path) for path in paths]
 
 
-def folder_samples(folder: Path, files: list[StoredFile], columns: dict[str, str],
+def folder_samples(folder: Path, files: list[Source], columns: dict[str, str],
                    remarks: list[str]) -> Iterator[dict]:
     """Samples of a folder: of the clips with a caption beside them, then of the shards."""
     yield from captioned_samples(str(folder), files, columns, remarks)
@@ -562,11 +587,11 @@ def folder_samples(folder: Path, files: list[StoredFile], columns: dict[str, str
             yield from shard_samples(Path(file.path), columns, remarks)
 
 
-def clip_files(path: Path) -> list[StoredFile]:
+def clip_files(path: Path) -> list[Source]:
     """The clips of a folder, of a shard or of a folder of shards, or the file itself. They need no
     captions."""
     if not path.is_dir() and not is_shard(path):
-        return [StoredFile(str(path.absolute()), path.name)]
+        return [Source(str(path.absolute()), path.name)]
     files = folder_files(path) if path.is_dir() else shard_files(path)
     clips = [file for file in files if file.name.lower().endswith(MEDIA)]
     for file in files:
@@ -582,7 +607,7 @@ def shard_samples(shard: Path, columns: dict[str, str], remarks: list[str]) -> I
     yield from captioned_samples(str(shard), files, columns, remarks)
 
 
-def shard_files(shard: Path) -> list[StoredFile]:
+def shard_files(shard: Path) -> list[Source]:
     """The files in an uncompressed .tar. DataError if it is none, or is cut off."""
     path = str(shard.absolute())
     files = []
@@ -590,7 +615,7 @@ def shard_files(shard: Path) -> list[StoredFile]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 if member.isfile() and not os.path.basename(member.name).startswith("._"):
-                    files.append(StoredFile(path, member.name, member.offset_data, member.size))
+                    files.append(Source(path, member.name, member.offset_data, member.size))
             # tarfile takes damaged headers for the end. A whole archive ends in blocks of zeros.
             archive.fileobj.seek(archive.offset)
             rest = archive.fileobj.read(1 << 16)
@@ -603,31 +628,33 @@ def shard_files(shard: Path) -> list[StoredFile]:
     return files
 
 
-def check_member(sample: dict) -> None:
-    """Unreadable if a shard holds something else by now where a sample's clip should be.
+def check_place(source: Source) -> None:
+    """MissingFile if a file is not there; Unreadable if a shard holds something else by now where
+    a member should be.
 
     The 512 bytes before a member are its header, which says its name and size."""
-    path = sample["video"]
-    name = sample["member"]["name"]
-    offset = sample["member"]["offset"]
-    size = sample["member"]["size"]
+    if not os.path.exists(source.path):
+        raise MissingFile(f"{source.path}: no such file")
+    if not source.is_member:
+        return
     try:
-        with open(path, "rb") as file:
-            file.seek(offset - tarfile.BLOCKSIZE)
+        with open(source.path, "rb") as file:
+            file.seek(source.offset - tarfile.BLOCKSIZE)
             block = file.read(tarfile.BLOCKSIZE)
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except FileNotFoundError:
-        raise MissingFile(f"{path}: no such file") from None
     except (OSError, ValueError, tarfile.TarError):
         header = None
+    is_there = header is not None and header.size == source.size
     # A header has room for 100 bytes of a plain name. Other names lie in blocks before it.
-    is_whole_name = name.isascii() and len(name) <= 100
-    if header is None or header.size != size or is_whole_name and header.name != name:
-        raise Unreadable(f"{path}: holds no {name} of {size} bytes at byte {offset}; the shard has "
-                         "changed or is cut off: fetch it again, and start again")
+    if is_there and source.name.isascii() and len(source.name) <= 100:
+        is_there = header.name == source.name
+    if not is_there or source.offset + source.size > os.path.getsize(source.path):
+        raise Unreadable(f"{source.path}: holds no {source.name} of {source.size} bytes at byte "
+                         f"{source.offset}; the shard has changed or is cut off: fetch it again, "
+                         "and start again")
 
 
-def captioned_samples(name: str, files: list[StoredFile], columns: dict[str, str],
+def captioned_samples(name: str, files: list[Source], columns: dict[str, str],
                       remarks: list[str]) -> Iterator[dict]:
     """Samples of the clips that have a caption of their name beside them.
 
@@ -659,18 +686,18 @@ def captioned_samples(name: str, files: list[StoredFile], columns: dict[str, str
     remarks += left_out_remarks(name, left_out)
 
 
-def captioned_sample(clip: StoredFile, text: StoredFile | None, notes: StoredFile | None,
+def captioned_sample(clip: Source, text: Source | None, notes: Source | None,
                      columns: dict[str, str]) -> dict:
     """The sample of a clip. Its caption is KEY.txt, else that in KEY.json.
 
     Nothing else is read from KEY.json: the times that video2dataset stores there are those of the
     film that the clip was cut from. ValueError if a caption cannot be read."""
-    caption = text.read() if text else ""
+    caption = text.read().decode("utf-8-sig") if text else ""
     row = {}
     if caption.strip():
         row["text"] = caption
     elif notes:
-        content = json.loads(notes.read())
+        content = json.loads(notes.read().decode("utf-8-sig"))
         if not isinstance(content, dict):
             raise DataError(f"{notes.source_line}: is {content!r:.60}; expected a JSON object")
         names = {columns.get("text"), "text", "texts", *ALIASES["text"]}
@@ -1023,12 +1050,8 @@ def read_frames(sample: dict, pick: Pick, image_size: int, resize: str, train: b
     whole, drawn or not, because a crop could cut off what its question is about.
     Raises Unreadable.
     """
-    member = sample.get("member")
-    if member is not None:
-        check_member(sample)
-        member = Member(member["offset"], member["size"], member["name"])
-    read = partial(decode, sample["video"], pick, start=sample.get("start"), end=sample.get("end"),
-                   fps=sample.get("fps"), member=member)
+    read = partial(decode, source_of(sample), pick, start=sample.get("start"),
+                   end=sample.get("end"), fps=sample.get("fps"))
     larger = int(1.2 * image_size)
     try:
         if sample.get("boxes"):
@@ -1112,61 +1135,23 @@ class Doubtful(Unreadable):
     """The frames are damaged, or the packets' headers do not place them for sure."""
 
 
-class Member(NamedTuple):
-    """A clip inside a larger file, such as an uncompressed .tar: a range of its bytes."""
-    offset: int
-    size: int
-    name: str = ""          # for messages
-
-
-@dataclass(frozen=True)
-class Source:
-    """The bytes of a clip: a whole file, or a member of one. str() names it in messages."""
-    path: str
-    member: Member | None = None
-
-    def __str__(self) -> str:
-        if self.member is None:
-            return self.path
-        return f"{self.path}, member {self.member.name or self.member.offset}"
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return os.path.getsize(self.path) if self.member is None else self.member.size
-
-    @property
-    def url(self) -> str:
-        """What FFmpeg opens: its own protocol for a range of bytes is as fast as a file."""
-        if self.member is None:
-            return f"file:{self.path}"      # in 12:30.jpg, 12 would be a protocol
-        begin = self.member.offset
-        return f"subfile,,start,{begin},end,{begin + self.member.size},,:file:{self.path}"
-
-    def read(self) -> bytes:
-        """All bytes."""
-        with open(self.path, "rb") as file:
-            file.seek(0 if self.member is None else self.member.offset)
-            return file.read(self.size)
-
-
-def decode(path: str | os.PathLike, pick: Pick, size: int | tuple[int, int] | None = None,
-           start: float | None = None, end: float | None = None, fps: float | None = None,
-           member: tuple | None = None) -> torch.Tensor:
+def decode(source: str | os.PathLike | Source, pick: Pick,
+           size: int | tuple[int, int] | None = None, start: float | None = None,
+           end: float | None = None, fps: float | None = None) -> torch.Tensor:
     """Exactly the chosen frames of a clip: uint8 RGB (S, 3, h, w), upright, in the order picked.
 
     Each pixel is that of a full decode.
-    path: a video, an image (one frame) or a folder of frames, `fps` of them a second.
+    source: a video, an image (one frame) or a folder of frames, `fps` of them a second.
     pick: function of n, the number of frames, to the numbers of those to read, repeats allowed.
     size: (height, width), or pixels of the shorter side, the proportions kept; None: as stored.
     start, end: seconds after the first frame. The n frames are those shown in [start, end).
-    member: (offset, size[, name]) of a clip that is a range of bytes of the file `path`.
     Raises Unreadable, which names the file and the reason.
     """
-    source = Source(os.fspath(path), None if member is None else Member(*member))
+    if not isinstance(source, Source):
+        source = Source(os.fspath(source))
     check_window(source, start, end)
     try:
-        if os.path.isdir(path):
+        if os.path.isdir(source.path):
             return read_pixels(FrameFolder(source, fps, start, end), pick, size, start, end)
         try:
             container, stream = open_video(source)
@@ -1346,11 +1331,7 @@ def upright_pixels(frame: av.VideoFrame, matrix: tuple[int, int, int, int], size
 
 def open_video(source: Source) -> tuple[av.container.InputContainer, av.VideoStream]:
     """A container and its first video stream that is no cover picture, to decode on one thread."""
-    if not os.path.exists(source.path):
-        raise MissingFile(f"{source}: no such file")
-    if source.member and source.member.offset + source.size > os.path.getsize(source.path):
-        raise Unreadable(f"{source}: ends after the file does; the file is truncated, or another "
-                         "one than when its members were listed; fetch it again")
+    check_place(source)
     container = av.open(source.url, **OPEN_OPTIONS)
     try:
         return container, video_stream(source, container)
@@ -1391,12 +1372,16 @@ def has_times(container: av.container.InputContainer, stream: av.VideoStream) ->
     return not (container.format.name == "avi" and stream.codec_context.has_b_frames)
 
 
-def duration(path: str | os.PathLike, member: tuple | None = None) -> float:
-    """Seconds that a clip is shown; 0 where it cannot be read.
+def duration(sample: dict) -> float:
+    """Seconds that the clip of a sample is shown, whatever its "start" and "end"; 0.0 where nobody
+    knows: it cannot be read, or is a folder of frames without "fps".
 
     Where the header does not say so (a live WebM, raw H.264, a transport stream), the packets do.
     """
-    source = Source(os.fspath(path), None if member is None else Member(*member))
+    source = source_of(sample)
+    if os.path.isdir(source.path):
+        fps = sample.get("fps")
+        return FrameFolder(source, fps, None, None).lasts if fps else 0.0
     try:
         container, stream = open_video(source)
         with container:
@@ -1406,7 +1391,7 @@ def duration(path: str | os.PathLike, member: tuple | None = None) -> float:
             if container.duration and not guess:
                 return container.duration / av.time_base
             return measured_duration(container, stream)
-    except (av.FFmpegError, Unreadable):
+    except (av.FFmpegError, OSError, Unreadable):
         return 0.0
 
 
@@ -1452,17 +1437,17 @@ class PlainDecode:
     """Every frame of a clip, decoded from the first packet: once to count, once to keep."""
 
     def __init__(self, source: Source):
-        self.path = source
+        self.file = source
         self.seconds, self.lasts = [], 0.0
         for second, length, _ in every_frame(source):
             self.seconds.append(float(second))
             self.lasts = float(second + length)
 
     def source(self, number: int) -> Source:
-        return self.path
+        return self.file
 
     def frames(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame | None]]:
-        for number, (_, _, frame) in enumerate(every_frame(self.path)):
+        for number, (_, _, frame) in enumerate(every_frame(self.file)):
             yield number, frame
 
 
@@ -1550,7 +1535,9 @@ class PlannedDecode:
 
     def __init__(self, source: Source, container: av.container.InputContainer,
                  stream: av.VideoStream, start: float | None, end: float | None):
-        self.path, self.container, self.stream = source, container, stream
+        self.file = source
+        self.container = container
+        self.stream = stream
         check_index(source, stream)
         is_whole = start is None and end is None
         if is_whole:
@@ -1581,7 +1568,7 @@ class PlannedDecode:
         self.lasts = self.seconds[-1] + last.duration * float(tick)
 
     def source(self, number: int) -> Source:
-        return self.path
+        return self.file
 
     def keyframe(self, pts: int) -> int:
         """The time of the last keyframe at or before a time."""
@@ -1592,7 +1579,7 @@ class PlannedDecode:
         for key, group in itertools.groupby(number_of, self.keyframe):
             frames = self.decode_group(key, set(group))
             if key != self.start_key:
-                frames = in_order(self.path, frames, key)
+                frames = in_order(self.file, frames, key)
             for frame in frames:
                 yield number_of.get(frame.pts), frame
 
@@ -1649,7 +1636,7 @@ class Header(NamedTuple):
 def check_index(source: Source, stream: av.VideoStream) -> None:
     """Unreadable if the container's index of its packets goes on after the end of the file."""
     index = stream.index_entries
-    if len(index) > 0 and index[-1].pos + index[-1].size > source.size:
+    if len(index) > 0 and index[-1].pos + index[-1].size > source.length:
         raise Unreadable(f"{source}: the file is truncated; fetch or encode it again")
 
 
@@ -2691,13 +2678,15 @@ class Examination(NamedTuple):
     sample: dict | None         # None: the line or its clip cannot be read
     frames: int = 0             # that the clip has
     seconds: float = 0.0        # of a CPU that reading the clip took
+    lasts: float = 0.0          # seconds that the clip is shown, if it has captions of its parts
     fault: str = ""             # why the line cannot be used, if it cannot
     detail: str = ""            # "file:line" and the reason
 
 
-def examine(task: tuple[dict, int, int]) -> tuple[int, float]:
-    """(frames that a clip has, CPU seconds that reading it took), read as in training.
-    task: (sample, frames to read, pixels of the crop). `check` runs this in reading processes."""
+def examine(task: tuple[dict, int, int]) -> tuple[int, float, float]:
+    """(frames that a clip has, CPU seconds that reading it took, seconds that it is shown), read as
+    in training. task: (sample, frames to read, pixels of the crop). `check` runs this in reading
+    processes."""
     sample, frames, image_size = task
     began = time.process_time()
     if "options" in sample:
@@ -2713,7 +2702,8 @@ def examine(task: tuple[dict, int, int]) -> tuple[int, float]:
         return sample_frames(count, frames, train=False)
 
     read_frames(sample, pick, image_size, resize="release", train=False)
-    return counts[-1], time.process_time() - began
+    seconds = time.process_time() - began
+    return counts[-1], seconds, duration(sample) if sample.get("captions") else 0.0
 
 
 FATAL = "bad line", "missing file", "unreadable", "empty text"     # others are only reported
@@ -2729,7 +2719,8 @@ def check(manifest: str | Path, workers: int | None = None, timeout: float = 60,
     Left out of the clean manifest are bad lines, empty texts, and clips that are missing,
     unreadable, kill their reading process or take longer than --timeout seconds.
     Only reported are clips of fewer than --frames frames, texts of more than --max_text_len
-    tokens of --vocab (without one: words), and captions that several lines have.
+    tokens of --vocab (without one: words), captions of parts that the clip does not have, and
+    captions that several lines have.
     --gpu: clips/s that a GPU trains on. The last line says how many reading processes feed it.
     Without --workers a process reads on each CPU core that this one may use.
     """
@@ -2741,7 +2732,7 @@ def check(manifest: str | Path, workers: int | None = None, timeout: float = 60,
     faults = collections.defaultdict(list)
     unusable = set()
     seconds = []
-    earlier_lines = {}
+    earlier_lines = {}                                      # hash of a caption: its line
 
     def examine_line(i: int) -> Examination:
         try:
@@ -2756,13 +2747,14 @@ def check(manifest: str | Path, workers: int | None = None, timeout: float = 60,
 
     for i, examined in enumerate(readers.ahead(examine_line, range(len(source)),
                                                max(64, 2 * workers))):
-        if examined.sample is None:
-            line_faults = [(examined.fault, examined.detail)]
-        else:
+        line_faults = faults_of(examined, frames, count_tokens, max_text_len)
+        if examined.sample:
             seconds.append(examined.seconds)
-            line_faults = list(clip_faults(examined, frames))
-            line_faults += text_faults(examined.sample, count_tokens, max_text_len)
-            line_faults += same_caption(examined.sample, earlier_lines)
+            line = examined.sample["source_line"]
+            text = examined.sample.get("text")
+            earlier_line = earlier_lines.setdefault(hash(text), line) if text else line
+            if earlier_line != line:
+                line_faults.append(("duplicate caption", f"{line}: as {earlier_line}: {text:.60}"))
         for fault, detail in line_faults:
             faults[fault].append(detail)
             if fault in FATAL:
@@ -2786,33 +2778,28 @@ def check(manifest: str | Path, workers: int | None = None, timeout: float = 60,
     return dict(faults)
 
 
-def clip_faults(examined: Examination, frames: int) -> Iterator[tuple[str, str]]:
-    """(fault, detail) of what a clip lacks for reading `frames` different frames of it."""
+def faults_of(examined: Examination, frames: int, count_tokens: Callable[[str], int],
+              max_text_len: int) -> list[tuple[str, str]]:
+    """(fault, detail) of what a readable line lacks: `frames` different frames, texts of at most
+    `max_text_len` tokens, captions of parts that the clip has."""
+    if examined.sample is None:
+        return [(examined.fault, examined.detail)]
     sample = examined.sample
+    source_line = sample["source_line"]
+    faults = []
     if examined.frames < frames and not is_image(sample):
-        yield "short clip", (f"{sample['source_line']}: has {examined.frames} frames, fewer than "
-                             f"{frames}")
-
-
-def text_faults(sample: dict, count_tokens: Callable[[str], int],
-                max_text_len: int) -> Iterator[tuple[str, str]]:
-    """(fault, detail) of each text of a sample that is empty or will be cut."""
+        faults.append(("short clip", f"{source_line}: has {examined.frames} frames, fewer than "
+                       f"{frames}"))
     for text in texts_of(sample):
         if not text.strip():
-            yield "empty text", sample["source_line"]
+            faults.append(("empty text", source_line))
         elif count_tokens(text) > max_text_len:
-            yield "text too long", f"{sample['source_line']}: {text:.60}..."
-
-
-def same_caption(sample: dict, earlier_lines: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """(fault, detail) if an earlier line has the same caption.
-    earlier_lines: {hash of a caption: its line}, to which this line is added."""
-    text = sample.get("text")
-    if text:
-        source_line = sample["source_line"]
-        line = earlier_lines.setdefault(hash(text), source_line)
-        if line != source_line:
-            yield "duplicate caption", f"{source_line}: as {line}: {text:.60}"
+            faults.append(("text too long", f"{source_line}: {text:.60}..."))
+    for start, _, text in sample.get("captions", []):
+        if 0 < examined.lasts <= start:
+            faults.append(("caption outside the clip", f"{source_line}: begins at {start} s of "
+                           f"{examined.lasts:.1f} s: {text:.60}"))
+    return faults
 
 
 def token_counter(vocab: str | None) -> Callable[[str], int]:

@@ -1152,12 +1152,7 @@ def cut_windows(sample: dict, seconds: float) -> list[dict]:
     An image, and a clip whose length nobody knows, stays whole; so does one whose start lies
     behind its end, which its reader names.
     """
-    length = 0.0
-    if not is_image(sample):
-        place = [sample["video"]]
-        if "member" in sample:                         # of a shard
-            place.append(tuple(sample["member"][part] for part in ("offset", "size", "name")))
-        length = duration(*place)
+    length = 0.0 if is_image(sample) else duration(sample)
     end = min(sample.get("end", math.inf), length or math.inf)
     if end == math.inf:
         return [sample]

@@ -1580,7 +1580,7 @@ def test_transport_streams_joined_end_to_end_are_one(offset, tmp_path):
     assert torch.equal(decode(joined, range), truth)
     if offset != 12000:
         assert torch.equal(decode(joined, range, None, 2.0, 3.0), truth[60:90])
-        assert data.duration(joined) == pytest.approx(4.0)
+        assert data.duration({"video": str(joined)}) == pytest.approx(4.0)
 
 
 def test_a_show_of_slides_is_whole(tmp_path):
@@ -1601,12 +1601,21 @@ def test_a_show_of_slides_is_whole(tmp_path):
     ("a.mp4", 2.0), ("a.webm codec=libvpx live=1", 2.0), ("a.h264 n=50", 2.0), ("a.ts", 2.0),
     ("a.avi codec=mpeg4", 2.0), ("a.gif codec=gif pix_fmt=rgb8 rate=10 n=20", 2.0)])
 def test_a_duration_is_measured_where_none_is_stored(kind, seconds, tmp_path):
-    assert data.duration(film_of(tmp_path, kind)) == pytest.approx(seconds, abs=0.05)
+    sample = {"video": str(film_of(tmp_path, kind))}
+    assert data.duration(sample) == pytest.approx(seconds, abs=0.05)
+
+
+@pytest.mark.parametrize("fps, seconds", [(4, 0.5), (None, 0)])
+def test_a_folder_of_frames_lasts_as_its_rate_says(fps, seconds, tmp_path):
+    for name in "12":
+        picture(tmp_path / f"{name}.png")
+    assert data.duration({"video": str(tmp_path), "fps": fps}) == seconds
 
 
 def test_what_cannot_be_read_has_no_duration(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no film")
-    assert data.duration(tmp_path / "a.mp4") == 0 == data.duration(tmp_path / "missing.mp4")
+    for name in "a.mp4", "missing.mp4":
+        assert data.duration({"video": str(tmp_path / name)}) == 0
 
 
 # -- turned and mirrored
@@ -1845,7 +1854,7 @@ def test_a_line_of_pixels_is_not_blown_up(resize, refused, tmp_path):
 
 # -- members of shards
 
-def shard(path: Path, content: bytes) -> tuple[int, int, str]:
+def shard(path: Path, content: bytes) -> data.Source:
     """A .tar that holds `content` among other files; the place of that member."""
     with tarfile.open(path, "w") as archive:
         for name, part in (("a.txt", b"a dog"), ("b.mp4", content), ("c.txt", b"a cat")):
@@ -1854,7 +1863,7 @@ def shard(path: Path, content: bytes) -> tuple[int, int, str]:
             archive.addfile(info, io.BytesIO(part))
     with tarfile.open(path) as archive:
         info = archive.getmember("b.mp4")
-        return info.offset_data, info.size, info.name
+        return data.Source(str(path), info.name, info.offset_data, info.size)
 
 
 @pytest.mark.parametrize("kind", [
@@ -1864,10 +1873,10 @@ def shard(path: Path, content: bytes) -> tuple[int, int, str]:
 def test_a_member_of_a_shard_is_read_as_a_file(kind, tmp_path):
     path = film_of(tmp_path, kind)
     member = shard(tmp_path / "0.tar", path.read_bytes())
-    assert torch.equal(decode(tmp_path / "0.tar", range, member=member), decode(path, range))
-    assert torch.equal(decode(tmp_path / "0.tar", lambda n: [n - 1], None, 0.0, 1.0, member=member),
+    assert torch.equal(decode(member, range), decode(path, range))
+    assert torch.equal(decode(member, lambda n: [n - 1], None, 0.0, 1.0),
                        decode(path, lambda n: [n - 1], None, 0.0, 1.0))
-    assert data.duration(tmp_path / "0.tar", member) == data.duration(path)
+    assert data.duration(member.fields()) == data.duration({"video": str(path)})
 
 
 def test_a_members_picture_is_turned_by_its_exif(tmp_path):
@@ -1876,29 +1885,24 @@ def test_a_members_picture_is_turned_by_its_exif(tmp_path):
     Image.fromarray(np.arange(40 * 24 * 3, dtype=np.uint8).reshape(24, 40, 3)).save(
         tmp_path / "a.png", exif=exif)
     member = shard(tmp_path / "0.tar", (tmp_path / "a.png").read_bytes())
-    assert torch.equal(decode(tmp_path / "0.tar", range, member=member),
-                       decode(tmp_path / "a.png", range))
+    assert torch.equal(decode(member, range), decode(tmp_path / "a.png", range))
 
 
 def test_a_sample_names_its_member(tmp_path):
     path = film(tmp_path / "a.mp4", "n=3")
-    offset, size, name = shard(tmp_path / "0.tar", path.read_bytes())
-    member = {"name": name, "offset": offset, "size": size}
+    member = shard(tmp_path / "0.tar", path.read_bytes()).fields()["member"]
     assert torch.equal(read(tmp_path / "0.tar", 32, "release", member=member),
                        read(path, 32, "release"))
 
 
-@pytest.mark.parametrize("shift, cut, reason", [
-    (0, 9000, "0.tar, member b.mp4: ends after the file does"),
-    (300, 0, "0.tar, member b.mp4: cannot be decoded"),
-    (10 ** 7, 0, "0.tar, member b.mp4: ends after the file does")])
-def test_a_member_that_is_not_there_is_named(shift, cut, reason, tmp_path):
+@pytest.mark.parametrize("shift, cut", [(0, 9000), (300, 0), (10 ** 7, 0)])
+def test_a_member_that_is_not_there_is_named(shift, cut, tmp_path):
     path = film(tmp_path / "a.mp4", "n=10")
-    offset, size, name = shard(tmp_path / "0.tar", path.read_bytes())
+    member = shard(tmp_path / "0.tar", path.read_bytes())
     content = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(content[:len(content) - cut])
-    with pytest.raises(Unreadable, match=reason):
-        decode(tmp_path / "0.tar", range, member=(offset + shift, size, name))
+    with pytest.raises(Unreadable, match="0.tar: holds no b.mp4 of .* changed or is cut off"):
+        decode(replace(member, offset=member.offset + shift), range)
 
 
 # -- damage
@@ -2477,7 +2481,7 @@ def test_a_member_is_its_range_of_bytes(form, name, tmp_path):
         member = sample["member"]
         content = shard.read_bytes()[member["offset"]:][:member["size"]]
         assert content == files[member["name"]]
-        data.check_member(sample)                                         # as it should be
+        data.check_place(data.source_of(sample))                          # as it should be
 
 
 def test_shards_of_one_folder_are_one_manifest(tmp_path):
@@ -2567,7 +2571,7 @@ def test_a_shard_that_has_changed_is_named(files, tmp_path):
     else:
         write_shard(shard, files)
     with pytest.raises(Unreadable, match="0.tar: (holds no a.mp4 of 10 bytes|no such file)"):
-        data.check_member(sample)
+        data.check_place(data.source_of(sample))
     with pytest.raises(Unreadable, match="0.tar"):
         data.read_frames(sample, range, 32, "release", train=False)
 
@@ -3429,6 +3433,7 @@ FAULTS = [  # a line, and the faults that the data doctor finds in it
     ({"video": "a.mp4", "question": "a?", "answer": "a"}, []),
     ({"video": "a.mp4", "captions": [[0, 1]]}, ["bad line"]),
     ({"video": "a.mp4", "text": "half \ud83d"}, []),
+    ({"video": "a.mp4", "captions": [[0, 1, "a"], [9, 12, "b"]]}, ["caption outside the clip"]),
 ]
 
 
