@@ -287,8 +287,10 @@ class AllInOne(nn.Module):
         """What frames exchange before block `layer`: TTR of Eq. 2, or a row of Tab. 8a or Tab. 9.
 
         A new mixing is called here; its name goes to Temporal, and its parameters, if it has some,
-        to __init__. eval.py's maps follow it. It must use its parameters for images too (frames =
-        1), multiplied by 0 if need be: DistributedDataParallel waits for a gradient of each one.
+        to __init__ (see where "timesformer" stands). eval.py's maps follow it. A pass of the text
+        alone comes here too, with T = text_length and frames = 1. Parameters must take part for
+        images (frames = 1), multiplied by 0 if need be: DistributedDataParallel waits for a
+        gradient of each one. Mind roll_start and roll_unimodal, if they make sense for it.
 
         z: (B*S, m+1+n, D) in and out. frames: S. text_length: m, 0 in a pass of video alone.
         layer: from 1 to L. mask: as in Attention.
@@ -828,7 +830,10 @@ def pretraining_scores(model: AllInOne, batch: dict[str, Tensor], objectives: Co
     the clips of vtm_video. They run as one pass of 2B rows over one embedding of the video.
 
     A new objective that classifies is added here and to OBJECTIVES. Its loss, its accuracy in the
-    log, and its accuracy in eval.py follow from its entry.
+    log, and its accuracy in eval.py follow from its entry. Read pixels from batch["video"] if
+    frames change places, because the embedded video carries their positions. Draw by torch.rand,
+    which training and eval.py seed. Clips that do not count get the label -1, and count_items must
+    leave them out as well.
 
     Returns ({objective: Scores}, the Features of VTM's pass or None).
     """

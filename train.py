@@ -1126,9 +1126,10 @@ class Trainer:
             raise DataError(
                 f"{', '.join(names[:5])}: no part in the losses of {path}, but each micro-batch "
                 "must give all trained parameters a gradient: processes wait for all of them. "
-                "Where something does not apply, such as a temporal mixing to images (S = 1), "
-                "multiply it by 0 instead of leaving it out, as AllInOne.embed_video does with "
-                "temporal_embed; or name it after --freeze")
+                "A head belongs to its objective in allinone.OBJECTIVES, or to its task in "
+                "train.TASKS. Where something does not apply, such as a temporal mixing to images "
+                "(S = 1), multiply it by 0 instead of leaving it out, as AllInOne.embed_video does "
+                "with temporal_embed. Or name it after --freeze")
 
     def add_losses(self, sums: dict[str, Tensor], losses: dict[str, Loss],
                    micro_batch: MicroBatch) -> None:
