@@ -1211,7 +1211,7 @@ def run_on_videos(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig,
     Prints and returns the results, each with the name of its "video"; draws them if there is --out.
     """
     warn_of_unknown_words(tokenizer, config.text)
-    config = replace(config, views=1, data=(video_manifest(config),))
+    config = replace(config, data=(video_manifest(config),), columns=())
     if config.task in ("explain", "attention"):        # maps need the patches in their places
         model.config = replace(model.config, patch_order="raster")
     reading = replace(config, task="retrieval")        # a clip with its texts

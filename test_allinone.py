@@ -6093,7 +6093,8 @@ def test_flags_that_do_not_fit_say_why(flags, message, code, films, checkpoint, 
     (["mlm"], "choice --data {films}/choice.jsonl", "was not trained to match"),
     (["mlm"], "match --video {films} --text a", "was not trained to match"),
     (["vtc"], "retrieval --rerank 2 --data {films}/retrieval.jsonl", "was not trained to match"),
-    (["qa"], "match --video {films} --text a", "was not trained to match")])
+    (["qa"], "match --video {films} --text a", "was not trained to match"),
+    (["vtm"], "ask --video {films} --text a", "fine-tune it with train.py --task qa")])
 def test_untrained_heads_score_nothing(objectives, flags, message, films, tmp_path):
     path = save_checkpoint(tmp_path / "c.pt", objectives=objectives)
     error = run(eval, "--checkpoint", path, "--task", *flags.format(films=films).split(), code=1)
@@ -6178,6 +6179,13 @@ def test_a_released_file_is_used_from_the_command_line(films, tmp_path):
     for row, ids in zip(result["captions"], item["all_captions"]):
         logits = match_logits(model.eval(), item["video"][None], torch.tensor([ids]))
         assert row["matched"] == pytest.approx(float(logits.softmax(1)[0, 1]), abs=1e-3)
+
+
+def test_a_released_baseline_has_the_same_vocabulary(films, tmp_path):
+    weights, vocab = release_files(tmp_path, D=64)
+    printed = run_eval("attention", [films / "0.mp4"], weights, "--vocab", vocab, "--baseline",
+                       weights)
+    assert printed.count("shares of the text's attention") == 1
 
 
 @pytest.mark.parametrize("task", ["retrieval", "search"])
@@ -6484,6 +6492,30 @@ def test_attention_is_shared_out_whole(temporal, films, checkpoint, tmp_path):  
         assert (block["rolled"] > 0) == (temporal == "token_rolling")
 
 
+def test_a_rolled_patch_is_compared_with_its_neighbours(films, checkpoint, tmp_path):   # Fig. 4
+    result, = results_of("attention", [films / "0.mp4"], checkpoint, tmp_path / "r",
+                         "--text", "white ring")
+    block = result["blocks"][0]                                # one of four patches is rolled
+    assert block["per_patch"] == pytest.approx(block["rolled"] / (block["own"] / 3))
+
+
+def test_attention_sees_patches_in_their_places(films, checkpoint, tmp_path):
+    raster, shuffled = (results_of("attention", [films / "0.mp4"], checkpoint, tmp_path / "r",
+                                   "--text", "a", "--patch_order", order)
+                        for order in ("raster", "random"))
+    assert raster == shuffled
+
+
+def test_the_mean_attention_is_over_clips():
+    shares = {"block": 1, "text": 0.5, "cls": 0.1}
+    results = [{"blocks": [{**shares, "own": 0.4, "rolled": 0.0, "frames": [[0.4, 0.0]]}]},
+               {"blocks": [{**shares, "own": 0.2, "rolled": 0.2, "frames": [[0.2, 0.2]],
+                            "per_patch": 3.0}]}]
+    mean, = eval.mean_blocks(results)
+    assert mean == pytest.approx({**shares, "own": 0.3, "rolled": 0.1, "per_patch": 3.0,
+                                  "frame 1": 0.3, "frame 1 rolled": 0.1})
+
+
 def test_images_stay_out_of_the_mean_attention(films, checkpoint):             # nothing rolls there
     printed = []
     for files in ([films / "0.mp4"], [films / "0.mp4", films / "still.png"]):
@@ -6511,6 +6543,26 @@ def test_windows_lie_between_start_and_end(sample, windows, tmp_path):
     video = film(tmp_path / "a.mp4", "n=60 rate=30")           # two seconds
     cut = eval.cut_windows({"video": str(video), **sample}, 1.0)
     assert [(window["start"], window["end"]) for window in cut] == windows
+
+
+def test_clips_of_a_manifest_keep_their_fields(tmp_path):
+    line = {"video": str(tmp_path), "start": 1.0, "end": 2.0, "fps": 4, "boxes": [[0, 1, 1, 5, 5]]}
+    (tmp_path / "m.jsonl").write_text(json_lines({**line, "text": "a ring", "answer": "ring"}))
+    assert eval.video_samples(tmp_path / "m.jsonl", ()) == [line]
+
+
+def test_a_table_of_clips_has_columns(films, checkpoint, tmp_path):
+    (tmp_path / "t.csv").write_text(f"file,text\n{films / '0.mp4'},a\n")
+    result, = results_of("match", [tmp_path / "t.csv"], checkpoint, tmp_path / "r", "--text", "a",
+                         "b", "--columns", "video=file")
+    assert result["video"] == str(films / "0.mp4")
+
+
+@pytest.mark.parametrize("fields, name", [
+    ({}, "a.mp4"), ({"start": 0.5, "end": 2.0}, "a.mp4 0.5-2 s"), ({"end": 2.0}, "a.mp4 0-2 s"),
+    ({"member": {"name": "b.mp4"}, "start": 3.0}, "a.mp4 b.mp4 3-inf s")])
+def test_results_name_the_part_of_a_clip(fields, name):
+    assert eval.clip_name({"video": "a.mp4", **fields}) == name
 
 
 def test_an_image_is_not_cut(films):
@@ -6618,7 +6670,8 @@ def test_reranking_looks_beyond_the_results_printed(library, checkpoint):
 
 @pytest.mark.parametrize("content, flags, message", [
     (b"not an index", [], "or damaged"), (None, ["--order", "first"], "or flags"),
-    (None, ["--resize", "paper"], "or flags")])
+    (None, ["--resize", "paper"], "or flags"), (None, ["--frames", "2"], "or flags"),
+    (None, ["--no-boxes"], "or flags")])
 def test_a_foreign_index_is_never_overwritten(content, flags, message, library, checkpoint,
                                               tmp_path):
     path = tmp_path / "clips.idx"
@@ -6668,8 +6721,30 @@ def test_words_that_a_checkpoint_cannot_know_are_said(films, checkpoint):
 
 def test_unknown_words_of_a_manifest_are_said(films, checkpoint, tmp_path):
     line = {"video": str(films / "0.mp4"), "options": ["a dog", "a ring"], "answer": 0}
-    (tmp_path / "m.jsonl").write_text(json_lines(line))
+    (tmp_path / "m.jsonl").write_text(json_lines({**line, "options": ["a", "a ring"]}, line))
     assert "or does not know: dog\n" in run_eval("choice", [tmp_path / "m.jsonl"], checkpoint)
+
+
+def test_many_unknown_words_are_counted(films, checkpoint):
+    text = "dog cat cow hen pig ant bee fly elk emu fox owl yak koi"
+    printed = run_eval("match", [films / "0.mp4"], checkpoint, "--text", text)
+    assert re.search(r"does not know: (\w+, ){11}\w+ and 2 more\n", printed)
+
+
+def test_results_in_json_are_readable(films, checkpoint, tmp_path):
+    run_eval("match", [films / "0.mp4"], checkpoint, "--text", "für", "--json", tmp_path / "r")
+    assert "für" in (tmp_path / "r").read_text(encoding="utf-8")
+
+
+def test_a_map_is_summed_over_each_frame():
+    result = {"words": ["a"], "maps": [[[[0.25, 0.0]], [[0.25, 0.5]]]]}    # of two frames
+    assert eval.frame_shares(result) == [{"frame 1": 0.25, "frame 2": 0.75, "word": "a"}]
+
+
+def test_the_highest_value_of_a_map_is_yellow():
+    frames = torch.full((2, 3, 4, 4), 100)
+    early, late = eval.heated(frames, torch.tensor([[[0.0]], [[0.2]]]))
+    assert early[:, 0, 0].tolist() == [70, 70, 70] and late[:, 0, 0].tolist() == [255, 255, 0]
 
 
 def test_a_mask_is_no_unknown_word(films, checkpoint):
@@ -6698,15 +6773,17 @@ def test_letters_with_accents_are_drawn(text):
     assert eval.drawable(text) == text
 
 
-@pytest.mark.parametrize("task", ["explain", "search", "match"])
-def test_a_clip_that_became_unreadable_is_named(task, checkpoint, tmp_path):
+@pytest.mark.parametrize("task, lines", [
+    ("explain", ["gone.mp4", "", "yellow: more"]), ("match", ["gone.mp4"]),
+    ("search", ["a", "gone.mp4: cosine 0.5000"])])
+def test_a_clip_that_became_unreadable_is_named(task, lines, checkpoint, tmp_path):
     (tmp_path / "m.jsonl").write_text(json_lines({"video": "gone.mp4", "texts": ["a"]}))
     _, clips = open_model(checkpoint, tmp_path / "m.jsonl", "retrieval")
     result = {"index": 0, "video": "gone.mp4", "text": "a", "cosine": 0.5, "words": ["a"],
               "maps": [[[[1.0]]]], "captions": []}
     eval.draw_results(tmp_path, eval.EvalConfig(task), clips, [result])
     with Image.open(tmp_path / f"{task}-1.png") as image:
-        assert image.size[1] < 112                             # words alone
+        assert image.size[1] == 14 * len(lines) + 3 * (2 if task == "search" else 1)
 
 def test_letters_that_the_font_lacks_are_replaced():
     assert eval.drawable("Čech 中 ü") == "Cech ? ü"
