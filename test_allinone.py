@@ -6565,6 +6565,21 @@ def test_results_name_the_part_of_a_clip(fields, name):
     assert eval.clip_name({"video": "a.mp4", **fields}) == name
 
 
+def test_a_folder_of_frames_is_cut(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for i in range(6):
+        picture(tmp_path / "frames" / f"{i}.png", (32, 32))
+    cut = eval.cut_windows({"video": str(tmp_path / "frames"), "fps": 4}, 1.0)
+    assert [(window["start"], window["end"]) for window in cut] == [(0, 1), (1, 1.5)]
+
+
+def test_a_film_in_a_shard_is_cut(films, tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        shard.add(films / "0.mp4", "0.mp4")
+    sample, = eval.video_samples(tmp_path / "s.tar", ())
+    assert [window["end"] for window in eval.cut_windows(sample, 1.0)] == [1, 2, 3]
+
+
 def test_an_image_is_not_cut(films):
     image = {"video": str(films / "still.png")}
     assert eval.cut_windows(image, 1.0) == [image]
