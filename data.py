@@ -120,7 +120,15 @@ IMAGES = ".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".
 MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".3g2", ".flv",
          ".f4v", ".wmv", ".asf", ".mts", ".m2ts", ".ts", ".vob", ".ogv", ".qt", ".mpe", ".m2v",
          ".divx", ".dv", ".mxf", ".rm", ".rmvb", ".gif", *IMAGES)
-HEADER = 5      # int64 numbers before the first offset of an index: see line_index
+
+
+class IndexHeader(NamedTuple):
+    """The int64 numbers at the beginning of an index: see line_index."""
+    version: int
+    size: int           # of the .jsonl, in bytes
+    time: int           # of its last change, in nanoseconds
+    checksum: int       # CRC-32
+    samples: int
 
 
 class Manifest:
@@ -147,7 +155,7 @@ class Manifest:
         self.names = [source_name(source) for source in sources]
         self.paths = [json_lines(source, self.columns) for source in sources]
         self.indices = [line_index(path) for path in self.paths]
-        self.sizes = [read_index(index, 4) for index in self.indices]
+        self.sizes = [read_header(index).samples for index in self.indices]
         self.ends = list(itertools.accumulate(self.sizes))
         for name, size in zip(self.names, self.sizes):
             if size == 0:
@@ -172,7 +180,7 @@ class Manifest:
     def contents(self) -> list[list]:
         """[name, samples, checksum] of each manifest. A resumed run notices by them that one of
         its manifests has changed."""
-        checksums = [read_index(index, 3) for index in self.indices]
+        checksums = [read_header(index).checksum for index in self.indices]
         return [list(row) for row in zip(self.names, self.sizes, checksums)]
 
     def line(self, i: int) -> tuple[bytes, int]:
@@ -308,14 +316,9 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def single_spaced(text: str) -> str:
-    """A text on one line and without doubled spaces."""
-    return " ".join(text.split())
-
-
-def tidy(value: object) -> object:
-    """A text, or each text of a list, on one line and without doubled spaces."""
-    return map_texts(single_spaced, value)
+def clean_text(value: object) -> object:
+    """A text, or each text of a list, of whole characters, on one line, without doubled spaces."""
+    return map_texts(lambda text: " ".join(whole_characters(text).split()), value)
 
 
 # ---- files: written whole or not at all, indexed once
@@ -365,26 +368,24 @@ def temporary_manifest(samples: Iterable[dict], key: str | None = None,
 def line_index(path: Path) -> Path:
     """The path of the up-to-date index of a .jsonl file, which is built when it is missing.
 
-    It holds int64 numbers: version, size, time and checksum of the .jsonl, its samples, and then
-    the offset of each sample's line. Blank lines are no samples. Where one of them comes before a
-    sample, the number of each sample's line follows. The file is NAME.jsonl.idx or, where the
-    folder cannot be written to, lies in the temporary folder."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such manifest; expected a .jsonl, .csv or .tsv file, one "
-                        "sample a line, an uncompressed .tar shard, or a folder of clips or shards")
+    It holds int64 numbers: an IndexHeader, and then the offset of each sample's line. Blank lines
+    are no samples. Where one of them comes before a sample, the number of each sample's line
+    follows. The file is NAME.jsonl.idx or, where the folder cannot be written to, lies in the
+    temporary folder."""
     status = path.stat()
-    header = [3, status.st_size, status.st_mtime_ns]
+    stamp_of_file = [3, status.st_size, status.st_mtime_ns]
     beside = Path(f"{path}.idx")
     elsewhere = temporary(str(path.resolve()), ".idx")
     for place in (beside, elsewhere):
-        if place.is_file() and np.fromfile(place, np.int64, 3).tolist() == header:
+        if place.is_file() and np.fromfile(place, np.int64, 3).tolist() == stamp_of_file:
             return place
     offsets, numbers = line_offsets(path)
     if len(numbers) == 0 or numbers[-1] == len(numbers):
         numbers = numbers[:0]                       # sample i is line i + 1: nothing to store
     place = beside if os.access(path.absolute().parent, os.W_OK) else elsewhere
     with replacing(place) as file:
-        np.array([*header, checksum(path), len(offsets)], np.int64).tofile(file)
+        header = IndexHeader(*stamp_of_file, checksum(path), len(offsets))
+        np.array(header, np.int64).tofile(file)
         offsets.tofile(file)
         numbers.tofile(file)
     return place
@@ -413,17 +414,22 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def read_index(index: Path, place: int) -> int:
-    """Number `place` of an index, from 0; see line_index."""
-    return int(np.fromfile(index, np.int64, 1, offset=8 * place)[0])
+def read_header(index: Path) -> IndexHeader:
+    return IndexHeader(*np.fromfile(index, np.int64, len(IndexHeader._fields)).tolist())
+
+
+def read_number(index: Path, place: int) -> int:
+    """Number `place`, from 0, of those after the header of an index."""
+    offset = 8 * (len(IndexHeader._fields) + place)
+    return int(np.fromfile(index, np.int64, 1, offset=offset)[0])
 
 
 def line_place(index: Path, line: int, size: int) -> tuple[int, int]:
     """(offset, line number from 1) of sample `line` of an index of `size` samples."""
-    offset = read_index(index, HEADER + line)
-    if os.path.getsize(index) == 8 * (HEADER + size):
+    offset = read_number(index, line)
+    if os.path.getsize(index) == 8 * (len(IndexHeader._fields) + size):
         return offset, line + 1
-    return offset, read_index(index, HEADER + size + line)
+    return offset, read_number(index, size + line)
 
 
 # ---- manifests of tables, folders of clips and shards
@@ -466,14 +472,14 @@ def json_lines(source: list[Path], columns: dict[str, str]) -> Path:
         files = folder_files(path)
         captions_and_shards = [file.path for file in files if not file.name.lower().endswith(MEDIA)]
         key = [file.path for file in files] + [stamp(name) for name in captions_and_shards]
-        samples = folder_samples(path, files, columns, remarks)
+        samples = captioned_samples(str(path), files, columns, remarks)
     elif ending in TABLES:
         key = [stamp(path)]
         samples = table_samples(path, columns, remarks)
     elif is_shard(path):
         key = [stamp(shard) for shard in source]
-        samples = itertools.chain.from_iterable(
-            shard_samples(shard, columns, remarks) for shard in source)
+        shards = [Source(str(shard), str(shard)) for shard in source]
+        samples = captioned_samples(source_name(source), shards, columns, remarks)
     elif ending in (".gz", ".tgz", ".zip", ".xz", ".zst", ".bz2"):
         raise DataError(f"{path}: is compressed; unpack it. A shard must be an uncompressed .tar")
     elif ending in (".xlsx", ".xls", ".ods", ".parquet", ".feather"):
@@ -578,15 +584,6 @@ def folder_files(folder: Path) -> list[Source]:
     return [Source(path, path) for path in paths]
 
 
-def folder_samples(folder: Path, files: list[Source], columns: dict[str, str],
-                   remarks: list[str]) -> Iterator[dict]:
-    """Samples of a folder: of the clips with a caption beside them, then of the shards."""
-    yield from captioned_samples(str(folder), files, columns, remarks)
-    for file in files:
-        if is_shard(file.name):
-            yield from shard_samples(Path(file.path), columns, remarks)
-
-
 def clip_files(path: Path) -> list[Source]:
     """The clips of a folder, of a shard or of a folder of shards, or the file itself. They need no
     captions."""
@@ -595,16 +592,9 @@ def clip_files(path: Path) -> list[Source]:
     files = folder_files(path) if path.is_dir() else shard_files(path)
     clips = [file for file in files if file.name.lower().endswith(MEDIA)]
     for file in files:
-        if is_shard(file.name):
+        if is_shard(file.name) and not file.is_member:
             clips += clip_files(Path(file.path))
     return clips
-
-
-def shard_samples(shard: Path, columns: dict[str, str], remarks: list[str]) -> Iterator[dict]:
-    """Samples of a .tar as video2dataset and img2dataset write them: KEY.mp4 or KEY.jpg beside
-    KEY.txt and KEY.json. One pass over the headers, which nothing unpacks."""
-    files = shard_files(shard)
-    yield from captioned_samples(str(shard), files, columns, remarks)
 
 
 def shard_files(shard: Path) -> list[Source]:
@@ -656,8 +646,10 @@ def check_place(source: Source) -> None:
 
 def captioned_samples(name: str, files: list[Source], columns: dict[str, str],
                       remarks: list[str]) -> Iterator[dict]:
-    """Samples of the clips that have a caption of their name beside them.
+    """Samples of the clips that have a caption of their name beside them, then of the shards.
 
+    Shards are as video2dataset and img2dataset write them: KEY.mp4 or KEY.jpg beside KEY.txt and
+    KEY.json. One pass reads their headers, and nothing is unpacked.
     A picture beside a clip of its name is a thumbnail. Clips whose caption is missing, empty or
     unreadable are left out and counted."""
     clips = {}
@@ -684,6 +676,10 @@ def captioned_samples(name: str, files: list[Source], columns: dict[str, str],
         else:
             left_out["clips without a caption"].append(clip.name)
     remarks += left_out_remarks(name, left_out)
+    for file in files:
+        if is_shard(file.name) and not file.is_member:
+            members = shard_files(Path(file.path))
+            yield from captioned_samples(file.path, members, columns, remarks)
 
 
 def captioned_sample(clip: Source, text: Source | None, notes: Source | None,
@@ -781,7 +777,7 @@ def renamed(fields: object, columns: dict[str, str], source_line: str) -> object
 
 def cell_value(cell: object, expected: str) -> object:
     """What a cell of a table says, if it can be read as `expected` of FIELDS, else its text."""
-    cell = tidy(cell)
+    cell = clean_text(cell)
     if not isinstance(cell, str) or is_as_expected(cell, expected):
         return cell
     if expected == FLAG:
@@ -957,13 +953,16 @@ class BatchSampler:
         """(sample, visit) of each clip of a micro-batch; `number` counts all of the run from 0.
 
         Every epoch reads a manifest in a new order. A step keeps to the order with which it begins,
-        also where the epoch ends within it: so no sample is twice in a step, unless the step reads
-        more clips than the manifest has lines (see clips_per_step).
+        also where the epoch ends within it, so over an epoch a sample may be read once more or
+        once less. No sample is twice in a step, unless the step reads more clips than the manifest
+        has lines (see clips_per_step).
         """
         counts = self.counts(number)
         counts_after = self.counts(number + 1)
         counts_at_step = self.counts(number - number % self.per_step)
-        manifest = next(k for k in range(len(counts)) if counts_after[k] > counts[k])
+        # The one manifest that this micro-batch reads: exactly one count rises.
+        rises = [after > before for before, after in zip(counts, counts_after)]
+        manifest = rises.index(True)
 
         lines = self.sizes[manifest]
         offset = sum(self.sizes[:manifest])                  # of the manifest's line 0
@@ -979,9 +978,10 @@ class BatchSampler:
     def counts(self, number: int) -> list[int]:
         """How many of the run's first `number` micro-batches read each manifest.
 
-        The manifests take their part one after another, of the micro-batches that those before them
-        left. floor(fraction * n + phase) rises by 0 or 1 with n, evenly, so that exactly one
-        count rises with each micro-batch. The phase keeps manifests of equal shares apart.
+        Of the first `number` micro-batches manifest 0 gets its share, rounded; manifest 1 gets its
+        share of the rest, and so on. floor(fraction * n + phase) raises a count by 0 or 1 with each
+        n, so exactly one count rises. A random phase keeps equal manifests from always reading in
+        the same order.
         """
         counts = []
         share_left = sum(self.shares)
@@ -1002,6 +1002,7 @@ class BatchSampler:
         share_left = sum(self.shares)
         for share in self.shares:
             fraction = share / share_left
+            # Each manifest's share of what is left, rounded up; 1e-9 absorbs float error.
             most.append(math.ceil(left * fraction - 1e-9) * self.micro_batch_size)
             left = math.ceil(left * (1 - fraction) - 1e-9)
             share_left -= share
@@ -1220,7 +1221,8 @@ def read_pixels(clip: Decode, pick: Pick, size: int | tuple[int, int] | None,
 
 def window_frames(clip: Decode, start: float | None, end: float | None) -> range:
     """Numbers of the frames that are shown in [start, end) seconds, at least one."""
-    source, seconds = clip.source(0), clip.seconds
+    source = clip.source(0)
+    seconds = clip.seconds
     if not seconds:
         raise Unreadable(f"{source}: holds no frame; the file is truncated or not a video")
     low = 0 if start is None else bisect.bisect_left(seconds, start)
@@ -1358,10 +1360,10 @@ def video_stream(source: Source, container: av.container.InputContainer) -> av.V
 def frame_rate(stream: av.VideoStream) -> Fraction:
     """Frames a second, for frames without times; 25 where nothing says so, as in FFmpeg."""
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    return seconds_of(rate)
+    return as_fraction(rate)
 
 
-def seconds_of(rational) -> Fraction:
+def as_fraction(rational: Any) -> Fraction:
     """A time base of PyAV: a Fraction up to version 18, an AVRational of its own since 19."""
     return Fraction(rational.numerator, rational.denominator)
 
@@ -1397,7 +1399,8 @@ def duration(sample: dict) -> float:
 
 def measured_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """Seconds from the first packet of a stream to the end of the last one."""
-    clock, tick = Clock(frame_rate(stream)), seconds_of(stream.time_base)
+    clock = Clock(frame_rate(stream))
+    tick = as_fraction(stream.time_base)
     lasts = 0.0
     for packet in container.demux(stream):
         if packet.size > 0:
@@ -1438,7 +1441,8 @@ class PlainDecode:
 
     def __init__(self, source: Source):
         self.file = source
-        self.seconds, self.lasts = [], 0.0
+        self.seconds = []
+        self.lasts = 0.0
         for second, length, _ in every_frame(source):
             self.seconds.append(float(second))
             self.lasts = float(second + length)
@@ -1464,11 +1468,12 @@ def every_frame(source: Source) -> Iterator[tuple[Fraction, Fraction, av.VideoFr
             if frame is None and timed and clock.now is not None:
                 yield clock.now, clock.step, None       # its time is not known: with the last one
                 continue
-            time, length = None, clock.step
+            time = None
+            length = clock.step
             if frame is not None and frame.pts is not None and timed:
-                time = frame.pts * seconds_of(frame.time_base)
+                time = frame.pts * as_fraction(frame.time_base)
             if frame is not None and frame.duration:
-                length = frame.duration * seconds_of(frame.time_base)
+                length = frame.duration * as_fraction(frame.time_base)
             yield clock.advance(time), length, frame
 
 
@@ -1478,12 +1483,14 @@ def decode_packets(container: av.container.InputContainer, stream: av.VideoStrea
 
     Where no packet can, raises what the decoder says.
     """
-    decoded, failure = False, None
+    decoded = False
+    failure = None
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
-            frames, failure = [None], error
+            frames = [None]
+            failure = error
         for frame in frames:
             decoded = decoded or frame is not None
             yield frame
@@ -1554,14 +1561,17 @@ class PlannedDecode:
         self.keys = [header.pts for header in headers if header.is_key]
         if not self.pts or not self.keys:
             raise Doubtful(f"{source}: has no keyframe there")
-        origin = self.pts[0] if seek_time is None else stream.start_time    # the clip's 0 seconds
-        if self.keys[0] > (origin if seek_time is None else seek_time):
+        reads_from_start = seek_time is None
+        origin = self.pts[0] if reads_from_start else stream.start_time     # the clip's 0 seconds
+        begin = origin if reads_from_start else seek_time
+        if self.keys[0] > begin:
             raise Doubtful(f"{source}: its first frames follow no keyframe")
         if not is_whole and origin != stream.start_time:
             raise Doubtful(f"{source}: begins at another time than it says")
-        # A hidden keyframe does not come out to be checked; the plain decode too begins with it.
+        # An MP4's edit list may hide the first keyframe. The decoder then never returns it, so
+        # in_order cannot check it; the plain decode begins there too.
         is_hidden = headers[0].is_key and headers[0].is_hidden
-        self.start_key = headers[0].pts if is_hidden and seek_time is None else None
+        self.start_key = headers[0].pts if is_hidden and reads_from_start else None
         tick = stream.time_base
         self.seconds = [(time - origin) * tick.numerator / tick.denominator for time in self.pts]
         last = max(headers, key=lambda header: header.pts)
@@ -1646,7 +1656,8 @@ def read_window_headers(source: Source, container: av.container.InputContainer,
     """The headers of the packets from the last keyframe before `start` seconds to `end`, and the
     time of the seek that found it: None where the packets are read from the first one on, because
     the container has no index."""
-    begin, tick = stream.start_time, float(stream.time_base)
+    begin = stream.start_time
+    tick = float(stream.time_base)
     if begin is None:
         raise Doubtful(f"{source}: does not say when it begins")
     seek_time = None
@@ -1662,7 +1673,8 @@ def read_headers(container: av.container.InputContainer, stream: av.VideoStream,
                  high: float | None = None) -> tuple[list[Header], float]:
     """The headers of a stream's packets, as stored, until all frames shown before time `high` are
     there; and the seconds at which the longest stream of the container ends."""
-    headers, ends = [], {}
+    headers = []
+    ends = {}
     for packet in container.demux():
         if packet.size == 0:
             continue                            # an empty packet ends each stream
@@ -2088,9 +2100,9 @@ def choose_caption(sample: dict, train: bool) -> tuple[str, tuple[float, float] 
 def one_line_per_clip(manifest: Manifest) -> Manifest:
     """The manifest of a gallery (Sec. 4.2.2): each clip has one line with all its captions.
 
-    A table may give each caption a line of its own. Were those lines different clips, a text would
-    have several clips for which it is true, and all but one of them would count as wrong. Lines
-    of different windows ("start", "end") of a film do stay different clips.
+    A table may give each caption a line of its own. If each line were a clip of its own, a caption
+    would have several right clips, and ranking would count all but one as wrong. Lines of
+    different windows ("start", "end") of a film do stay different clips.
     """
     paths = []
     for manifest_id, lines in enumerate(manifest.sizes):
@@ -2254,7 +2266,8 @@ def add_pairs(batch: dict, items: list[dict], seed: int, group: int) -> None:
     They are drawn within each group of neighbouring items, by (seed, the group's first visit). An
     item without a video leaves its group, and changes nothing in the others.
     """
-    videos, labels = [], []
+    videos = []
+    labels = []
     rows = 0                                        # of the batch, in the groups before
     for begin in range(0, len(items), group):
         members = [item for item in items[begin:begin + group] if "video" in item]
@@ -2323,8 +2336,9 @@ class Readers:
         The process begins by importing the script that was started. RuntimeError if that fails.
         """
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # This is a reading process, and its import of the script has led here: without an end
-            # each process would start others. The process that started it says what is wrong.
+            # Python marks a process "_inheriting" while it imports the user's script. So this is a
+            # reading process, and that import has led here: without an end each process would
+            # start others. The process that started it says what is wrong.
             sys.exit(1)
         pipe, far_end = self.context.Pipe()
         process = self.context.Process(
@@ -2674,7 +2688,7 @@ def toy_split(folder: Path, split: str, count: int, rng: random.Random) -> None:
 # ---- the data doctor
 
 class Examination(NamedTuple):
-    """What is known of a line after reading its clip."""
+    """The outcome of reading a line: either sample, frames, seconds, or fault and detail."""
     sample: dict | None         # None: the line or its clip cannot be read
     frames: int = 0             # that the clip has
     seconds: float = 0.0        # of a CPU that reading the clip took
@@ -2899,6 +2913,7 @@ def read_rows(path: str) -> Iterator[dict]:
 
 def read_items(path: str, chunk: int = 1 << 24) -> Iterator[tuple[str, Any]]:
     """The (key, value) pairs of a JSON object that is too large for memory, piece by piece."""
+    # The key before the next value: `, "ID": `. Keys hold no escaped quotes.
     next_key = re.compile(r'[\s{,]*"([^"]*)"\s*:\s*')
     decoder = json.JSONDecoder()
     text = ""
@@ -2954,14 +2969,13 @@ class Form:
         return fnmatch.fnmatch("/".join([*folders, file_name(path)]), pattern)
 
     def has_content(self, path: str) -> bool:
-        """Whether a file's columns, or its first line, are those of this form.
-
-        A JSON file without any key is empty or damaged, which its reader will tell.
-        """
+        """Whether a file's columns, or its first line, are those of this form."""
         if self.line:
             return re.fullmatch(self.line, next(read_lines(path), "")) is not None
         present = columns_of(path)
-        for column in self.columns.split() if present else []:
+        if not present:
+            return True             # empty or damaged: its reader will tell
+        for column in self.columns.split():
             if column.startswith("-"):
                 fits = column.removeprefix("-") not in present
             else:
@@ -3176,7 +3190,8 @@ def is_renamed(path: str, form: Form, word: str) -> bool:
     if form.several == "names" or not (form.columns or form.line):
         return False
     if "SPLIT" in form.name:
-        split = re.search("train|val|test|$", word)[0] or "test"
+        # "challenge_1000" is a test set.
+        split = next((split for split in ("train", "val", "test") if split in word), "test")
         if set(re.findall("train|val|test", file_name(path))) != {split}:
             return False
     for dataset in DATASETS.values():
@@ -3395,12 +3410,12 @@ def msrvtt_mc_training(files: SourceFiles, path: str, split: str) -> Iterator[di
     pool = list(itertools.chain.from_iterable(captions.values()))
     rng = random.Random(0)
     for video, texts in captions.items():
-        right = {tidy(caption).lower() for caption in texts}
+        right = {clean_text(caption).lower() for caption in texts}
         for caption in texts:
-            options = {tidy(caption).lower(): caption}
+            options = {clean_text(caption).lower(): caption}
             for wrong in rng.sample(pool, min(100, len(pool))):
-                if len(options) < 5 and tidy(wrong).lower() not in right:
-                    options.setdefault(tidy(wrong).lower(), wrong)
+                if len(options) < 5 and clean_text(wrong).lower() not in right:
+                    options.setdefault(clean_text(wrong).lower(), wrong)
             yield {"video": video, "options": list(options.values()), "answer": 0}
 
 
@@ -3747,7 +3762,7 @@ def split_samples(files: SourceFiles, dataset: DataSet, split: str) -> Iterator[
             raise
         except Exception as error:          # whatever a reader meets in a file of another form
             raise DataError(f"{path}: not as published ({error!r}); expected "
-                            f"{dataset.expected()}. {tidy(form.reader.__doc__)}") from error
+                            f"{dataset.expected()}. {clean_text(form.reader.__doc__)}") from error
 
 
 def tidy_sample(sample: dict) -> dict:
@@ -3756,7 +3771,7 @@ def tidy_sample(sample: dict) -> dict:
     Halves of characters are replaced, as a manifest does when it is read.
     """
     names = sample["video"]
-    sample = {field: map_texts(whole_characters, tidy(value)) for field, value in sample.items()}
+    sample = {field: clean_text(value) for field, value in sample.items()}
     sample["video"] = names                     # files may have any characters in their names
     if "texts" in sample:
         sample["texts"] = [text for text in sample["texts"] if text]
@@ -3775,17 +3790,21 @@ def find_clip(files: SourceFiles, names: str | list[str]) -> str | None:
 
 
 def write_split(samples: Iterable[dict], files: SourceFiles, path: str, out: str,
-                videos: str) -> dict[str, collections.Counter]:
+                videos: str) -> tuple[dict[str, collections.Counter], collections.Counter]:
     """Writes a manifest `path`, whose clips are relative to the folder `out`.
 
-    Returns what became of the samples: {"written" or why not: {clip: how many samples}}.
+    Returns what became of the samples, {"written" or why not: {clip: how many samples}}, and how
+    often each answer in words to an open question occurs, written or not.
     """
     fates = collections.defaultdict(collections.Counter)
+    answers = collections.Counter()
     with open(path, "w", encoding="utf-8") as file:
         for sample in samples:
             names = sample["video"]
             clip = find_clip(files, names)
             fate = "written"
+            if "answer" in sample and "options" not in sample:
+                answers[sample["answer"]] += 1
             if any(value in ("", []) for value in sample.values()):
                 fate = "without text"
             elif clip is None:
@@ -3794,7 +3813,7 @@ def write_split(samples: Iterable[dict], files: SourceFiles, path: str, out: str
             if fate == "written":
                 sample["video"] = os.path.relpath(clip, out)
                 file.write(json.dumps(sample) + "\n")
-    return fates
+    return fates, answers
 
 
 def examples(names: Iterable[str], count: int = 3) -> str:
@@ -3849,9 +3868,10 @@ def convert(name: str, annotations: Sequence[str], videos: str, out: str) -> Non
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=out) as folder:     # all or none
         for split in dataset.words():
             samples = split_samples(files, dataset, split)
+            fates, split_answers = write_split(
+                samples, files, f"{folder}/{split}.jsonl", out, videos)
             if split == "train":
-                samples = count_answers(samples, answers)
-            fates = write_split(samples, files, f"{folder}/{split}.jsonl", out, videos)
+                answers = split_answers
             for fate, clips in fates.items():
                 reports.append(f"{split}: {clips.total():,} samples of {len(clips):,} clips "
                                f"{fate}, {examples(clips)}")
@@ -3871,16 +3891,10 @@ def convert(name: str, annotations: Sequence[str], videos: str, out: str) -> Non
     print(*reports, sep="\n")
 
 
-def count_answers(samples: Iterable[dict], answers: collections.Counter) -> Iterator[dict]:
-    """The samples, while the answers in words to open questions are counted."""
-    for sample in samples:
-        if "answer" in sample and "options" not in sample:
-            answers[sample["answer"]] += 1
-        yield sample
-
-
-def set_aside(out: str, written: list[str]) -> Iterator[str]:
-    """Renames the files of an earlier conversion that this one does not replace; says so."""
+def set_aside(out: str, written: list[str]) -> list[str]:
+    """Renames the files of an earlier conversion that this one does not replace. Returns a line
+    about each."""
+    reports = []
     for file in ("train.jsonl", "val.jsonl", "test.jsonl", "answers.json"):
         if file not in written and os.path.exists(f"{out}/{file}"):
             old = f"{file}.old"
@@ -3889,7 +3903,8 @@ def set_aside(out: str, written: list[str]) -> Iterator[str]:
                 number += 1
                 old = f"{file}.old{number}"
             os.replace(f"{out}/{file}", f"{out}/{old}")
-            yield f"{out}/{file} was there before and is now {old}"
+            reports.append(f"{out}/{file} was there before and is now {old}")
+    return reports
 
 
 # ==== Command line ================================================================================
