@@ -47,11 +47,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Temporal, answer_scores,
-                      candidate_scores, class_scores, load_release, load_weights, match_logits,
+                      class_scores, load_release, load_weights, match_logits,
                       pretraining_scores, read_weights, text_embedding, video_embedding,
                       word_patch_transport)
-from data import (Clips, DataError, Manifest, Tokenizer, clip_files, collate, duration, is_image,
-                  load, replacing, temporary_manifest, texts_of)
+from data import (TASKS, Clips, DataError, Manifest, Tokenizer, clip_files, collate, duration,
+                  is_image, load, replacing, temporary_manifest, texts_of)
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
@@ -365,13 +365,13 @@ class Scorer:
     def micro_batches(self, indices, size: int) -> list[list[tuple[int, int]]]:
         """This process's share of the samples `indices`, as lists of (sample, visit).
 
-        A micro-batch holds neighbours of one manifest: `size` of them, or a little more. A model
-        that draws at random gets the fewest, so that its seeds do not depend on `size`.
+        A micro-batch holds at most `size` neighbours of one manifest. Where something is drawn at
+        random their number is fixed, so that its seed does not depend on `size`.
         """
-        group = 1
+        if self.draws_at_random:
+            size = 1
         if self.config.task == "pretrain":
-            group = 8                                  # VTM's pairs are drawn among 8 neighbours
-        size = group if self.draws_at_random else group * math.ceil(size / group)
+            size = 8                                   # VTM's pairs are drawn among 8 neighbours
         batches = []
         manifest = self.clips.manifest
         for end, lines in zip(manifest.ends, manifest.sizes):
@@ -393,8 +393,7 @@ class Scorer:
             self.unreadable += batch["unreadable"]
             if not batch["source_line"]:
                 continue                               # no clip of it can be read
-            if self.draws_at_random:
-                torch.manual_seed(int(batch["index"][0]))
+            torch.manual_seed(int(batch["index"][0]))  # of a model or an objective that draws
             yield batch, self.views(batch)
 
     def views(self, batch: dict) -> list[dict]:
@@ -570,13 +569,14 @@ def evaluate(model: AllInOne, tokenizer: Tokenizer, config: EvalConfig, device: 
 
 
 def score_choice(scorer: Scorer) -> list[dict]:
-    """Multiple choice (Sec. 4.2.1, 4.2.3; Tab. 2a, 4, 5, 13).
+    """Multiple choice (Sec. 4.2.1, 4.2.3; Tab. 2a, 4, 5, 13), and a task of your own.
 
     Reads "question", if there is one, "options" and "answer". The score of an option is VTM's
-    matched logit. Reports accuracy, and that of guessing among as many options.
+    matched logit; another task has its own score in allinone.SCORES. Reports accuracy, and that of
+    guessing among as many options.
     """
     predictions = []
-    for prediction, label, scores in scorer.scored(candidate_scores):
+    for prediction, label, scores in scorer.scored(SCORES[scorer.config.task]):
         scores = scores[scores > -torch.inf]           # without the places of absent options
         prediction["label"] = label
         prediction["scores"] = scores.tolist()
@@ -904,8 +904,9 @@ def joint_logits(scorer: Scorer, texts: list[tuple[int, ...]], wanted: dict[int,
     return dict(gather_objects(pairs))
 
 
-MANIFEST_TASKS = {"choice": score_choice, "retrieval": score_retrieval, "qa": score_qa,
-                  "probe": score_probe, "pretrain": score_pretraining}
+# A task that is not named is scored by the accuracy of its scores in allinone.SCORES.
+MANIFEST_TASKS = {**dict.fromkeys(TASKS, score_choice), "retrieval": score_retrieval,
+                  "qa": score_qa, "probe": score_probe, "pretrain": score_pretraining}
 
 
 # ---- Tasks on any video (Sec. 4.6, Fig. 4, 6, 11) -----------------------------------------------
@@ -955,26 +956,29 @@ def ask(scorer: Scorer, clip: dict) -> dict:
 
 
 def patch_origins(model: AllInOne, S: int, m: int) -> list[Tensor]:
-    """For each block d = 1..L: (S, n), the frame whose patch is in each slot of each frame.
+    """For each block d = 1..L: (S, n, S), how much of each slot of a frame came from each frame.
 
-    The model's own mix_frames moves random tokens, and a slot holds the input token that it
-    resembles most: a new mixing needs no rule here. Before each block the tokens are exact again,
-    so that what a mixing adds to a token never piles up. m: text tokens.
+    The shares of a slot sum to 1.
+    The model's own mix_frames moves random tokens, once as they are and once with other patches in
+    one of the frames: what differs in a slot came from that frame. So a new mixing needs no rule
+    here, and one that blends frames has shares between 0 and 1. m: text tokens.
     """
     config = model.config
     start = m + model.num_special
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(S, start + config.patches, config.width, generator=generator)
-    tokens = tokens.to(model.cls_token.device)                             # (S, m+1+n, D)
-    patches = tokens[:, start:].flatten(0, 1).clone()                      # (S*n, D)
-    directions = F.normalize(patches, dim=-1)
+    others = torch.randn(S, config.patches, config.width, generator=generator)
+    clips = [tokens]
+    for s in range(S):
+        clips.append(tokens.clone())
+        clips[-1][s, start:] = others[s]
+    clips = [clip.to(model.cls_token.device) for clip in clips]
     origins = []
     for layer in range(1, config.depth + 1):
-        tokens = model.mix_frames(tokens, S, m, layer)
-        mixed = F.normalize(tokens[:, start:].flatten(0, 1), dim=-1)
-        nearest = (mixed @ directions.T).argmax(1)                         # (S*n,)
-        tokens = torch.cat([tokens[:, :start], patches[nearest].unflatten(0, (S, -1))], 1)
-        origins.append((nearest // config.patches).view(S, -1))
+        clips = [model.mix_frames(clip, S, m, layer) for clip in clips]
+        changes = [(clip - clips[0])[:, start:].abs().sum(-1) for clip in clips[1:]]    # (S, n)
+        changes = torch.stack(changes, -1)                                 # (S, n, S)
+        origins.append(changes / changes.sum(-1, keepdim=True))
     return origins
 
 
@@ -1027,8 +1031,8 @@ def explain(scorer: Scorer, clip: dict) -> dict:
         patches = features.frames[:, :, model.num_special:].flatten(1, 2)  # (1, S*n, D)
         _, plan = word_patch_transport(features.text, patches, mask)
         maps = plan[0].unflatten(1, (S, -1))
-    origins = patch_origins(model, S, ids.shape[1])[layer - 1]             # (S, n)
-    maps = torch.zeros_like(maps).scatter_add_(1, origins.expand(len(maps), -1, -1), maps)
+    origins = patch_origins(model, S, ids.shape[1])[layer - 1]             # (S, n, S)
+    maps = torch.einsum("msn,snf->mfn", maps, origins)                     # (m, S, n)
     words = slice(1, int(mask.sum()) - 1)              # without [CLS] and [SEP]
     maps = maps[words] / maps[words].sum((1, 2), keepdim=True)
     side = model.config.image_size // model.config.patch_size
@@ -1050,15 +1054,14 @@ def attention(scorer: Scorer, clip: dict) -> dict:
     blocks = []
     for d, (on_text, on_video) in enumerate(block_attention(scorer.model, clip), start=1):
         cls, patches = on_video[:length].mean(0).tensor_split((scorer.model.num_special,), 1)
-        frame = torch.arange(S, device=patches.device)[:, None]
-        rolled = origins[d - 1] != frame                                   # (S, n)
-        frames = torch.stack([(patches * ~rolled).sum(1), (patches * rolled).sum(1)], 1)   # (S, 2)
+        own = origins[d - 1].diagonal(dim1=0, dim2=2).T                    # (S, n), from 0 to 1
+        frames = torch.stack([(patches * own).sum(1), (patches * (1 - own)).sum(1)], 1)  # (S, 2)
         own_share, rolled_share = frames.sum(0).tolist()
         block = {"block": d, "text": float(on_text[:length].sum() / length),
                  "cls": float(cls.sum()), "own": own_share, "rolled": rolled_share,
                  "frames": frames.tolist()}
         if own_share and rolled_share:
-            patches_ratio = float((~rolled).sum() / rolled.sum())
+            patches_ratio = float(own.sum() / (1 - own).sum())
             block["per_patch"] = rolled_share / own_share * patches_ratio
         blocks.append(block)
     return {"blocks": blocks}

@@ -6419,19 +6419,18 @@ def test_ask_gives_the_likeliest_answers(films, tmp_path):
     ({"roll_start": 2}, [[0, 0], [1, 1], [2, 2]])])
 def test_a_patch_is_followed_to_its_frame(fields, origins):
     model = build(roll_ratio=1 / 16, **fields)
-    assert eval.patch_origins(model, 3, 5)[0][:, :2].tolist() == [
-        [row[0], row[1]] for row in origins]
+    assert eval.patch_origins(model, 3, 5)[0].argmax(-1)[:, :2].tolist() == origins
 
 
 def test_two_way_rolling_with_two_class_tokens_is_followed():  # All-in-one-S
     model = build(roll="release", distilled=True, roll_ratio=0.5)      # 17 slots, of which 4 + 4
-    origin = eval.patch_origins(model, 3, 5)[0][0].tolist()            # frame 0, without the second
+    origin = eval.patch_origins(model, 3, 5)[0].argmax(-1)[0].tolist()   # of the slots of frame 0
     assert origin == [2] * 3 + [0] * 9 + [1] * 4
 
 
 def test_three_rolls_of_three_frames_bring_patches_home():
     model = build(depth=3)
-    last = eval.patch_origins(model, 3, 5)[-1]
+    last = eval.patch_origins(model, 3, 5)[-1].argmax(-1)
     assert last.equal(torch.arange(3)[:, None].expand(3, 16))
 
 
@@ -6446,7 +6445,25 @@ class SwappedFrames(AllInOne):
 
 def test_a_new_mixing_is_followed_without_a_rule():
     origins = eval.patch_origins(SwappedFrames(TINY), 3, 5)
-    assert origins[0][:, -2:].tolist() == [[0, 2], [1, 1], [2, 0]]
+    assert origins[0].argmax(-1)[:, -2:].tolist() == [[0, 2], [1, 1], [2, 0]]
+
+
+class GatedRoll(AllInOne):
+    """A new mixing that blends the rolled tokens with those that stay."""
+
+    def mix_frames(self, z, frames, text_length, layer, mask=None):
+        rolled = token_rolling(z, frames, num_fixed=text_length + 1)
+        return z + 0.3 * (rolled - z)
+
+
+def test_a_blend_of_frames_is_shared_out():
+    origins = eval.patch_origins(GatedRoll(TINY), 3, 5)[0]             # (S, n, S)
+    close(origins[1, 0], torch.tensor([0.3, 0.7, 0.0]), atol=0.1)      # a slot that rolls
+    close(origins[1, -1], torch.tensor([0.0, 1.0, 0.0]))               # one that stays
+
+
+def test_every_task_has_a_score():
+    assert eval.MANIFEST_TASKS.keys() == data.TASKS.keys()
 
 
 @pytest.mark.parametrize("block", [0, 2])
