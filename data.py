@@ -502,6 +502,7 @@ class Source:
     name: str = ""              # of the file or of the member
     offset: int = 0             # of its bytes in `path`
     size: int | None = None     # None: all bytes
+    content: bytes | None = None        # its bytes, if they have been read
 
     def __str__(self) -> str:
         return f"{self.path}, member {self.name}" if self.is_member else self.path
@@ -530,6 +531,8 @@ class Source:
 
     def read(self) -> bytes:
         """All bytes."""
+        if self.content is not None:
+            return self.content
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.length)
@@ -598,14 +601,20 @@ def clip_files(path: Path) -> list[Source]:
 
 
 def shard_files(shard: Path) -> list[Source]:
-    """The files in an uncompressed .tar. DataError if it is none, or is cut off."""
+    """The files in an uncompressed .tar, its captions read: opening it for each would take long.
+    DataError if it is none, or is cut off."""
     path = str(shard.absolute())
     files = []
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if member.isfile() and not os.path.basename(member.name).startswith("._"):
-                    files.append(Source(path, member.name, member.offset_data, member.size))
+                if not member.isfile() or os.path.basename(member.name).startswith("._"):
+                    continue
+                content = None
+                if member.name.lower().endswith(SIDECARS):
+                    content = archive.extractfile(member).read()
+                files.append(
+                    Source(path, member.name, member.offset_data, member.size, content))
             # tarfile takes damaged headers for the end. A whole archive ends in blocks of zeros.
             archive.fileobj.seek(archive.offset)
             rest = archive.fileobj.read(1 << 16)
@@ -3940,7 +3949,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = add_command(check, "read every clip of a manifest, and name what is wrong")
     flags.add_argument("manifest", help=".jsonl, .csv, .tsv or .tar file, or folder, to check")
     flags.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN",
-                       help="take a field of the samples from this column of a table")
+                       help="take a field of the samples from this column of a table or .jsonl")
     flags.add_argument("--workers", type=int, help="read with so many processes")
     flags.add_argument("--timeout", type=float,
                        help="call a clip unreadable that takes longer than so many seconds")

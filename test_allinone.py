@@ -2510,6 +2510,18 @@ def test_clips_are_found_without_captions(tmp_path):
         {"video": str(tmp_path / "none.xyz")}]
 
 
+def test_captions_of_a_shard_are_read_with_its_headers(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a.mp4": "", "a.txt": "x"})
+    _, caption = data.shard_files(shard)
+    shard.unlink()
+    assert caption.read() == b"x"
+
+
+def test_a_shard_within_a_shard_is_no_clip(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a.mp4": "", "b.tar": ""})
+    assert [file.name for file in data.clip_files(shard)] == ["a.mp4"]
+
+
 def test_headers_of_shards_are_read_once(tmp_path):
     shard = write_shard(tmp_path / "0.tar", {"a.mp4": "", "a.txt": "x"})
     built = Manifest(shard).paths[0]
