@@ -1711,32 +1711,34 @@ def search_times(config: Config, device: torch.device) -> list[dict]:
 
 # ---- Command line -------------------------------------------------------------------------------
 
-TASKS_ON_VIDEOS = (*VIDEO_TASKS, "search")
+SCORED = tuple(MANIFEST_TASKS)
+ON_VIDEOS = (*VIDEO_TASKS, "search")
 
 # The tasks that a flag is for. --task and --batch are for all, profile among them.
-USED_BY = dict.fromkeys(("checkpoint", "json", "workers", "order", "resize", "boxes", "columns",
-                         "vocab"), (*MANIFEST_TASKS, *TASKS_ON_VIDEOS))
-USED_BY |= dict.fromkeys(("data", "views", "bootstrap"), MANIFEST_TASKS)
-USED_BY |= dict.fromkeys(("video", "text", "window", "out"), TASKS_ON_VIDEOS)
-USED_BY |= {"objectives": ("pretrain",), "rerank": ("retrieval", "search"), "blind": ("fill",),
-            "block": ("explain",), "baseline": ("attention",), "index": ("search",),
-            "top": ("search",)}
+USED_BY = {"checkpoint": SCORED + ON_VIDEOS, "json": SCORED + ON_VIDEOS,
+           "workers": SCORED + ON_VIDEOS, "order": SCORED + ON_VIDEOS,
+           "resize": SCORED + ON_VIDEOS, "boxes": SCORED + ON_VIDEOS,
+           "columns": SCORED + ON_VIDEOS, "vocab": SCORED + ON_VIDEOS,
+           "data": SCORED, "views": SCORED, "bootstrap": SCORED, "objectives": ("pretrain",),
+           "video": ON_VIDEOS, "text": ON_VIDEOS, "window": ON_VIDEOS, "out": ON_VIDEOS,
+           "blind": ("fill",), "block": ("explain",), "baseline": ("attention",),
+           "rerank": ("retrieval", "search"), "index": ("search",), "top": ("search",)}
 
 
 def check_flags(config: EvalConfig) -> None:
     """ValueError if flags do not go together."""
     task = config.task
-    tasks = [*MANIFEST_TASKS, *TASKS_ON_VIDEOS, "profile"]
+    tasks = (*SCORED, *ON_VIDEOS, "profile")
     if task not in tasks:
         raise ValueError(f"--task {task}: expected one of {', '.join(tasks)}")
     for name, users in USED_BY.items():
         if getattr(config, name) != getattr(EvalConfig, name) and task not in users:
             raise ValueError(f"--{name} is for --task {', '.join(users)}, not for {task}")
-    if task in TASKS_ON_VIDEOS and not config.video:
+    if task in ON_VIDEOS and not config.video:
         raise ValueError(f"--task {task} needs --video FILE or FOLDER")
-    if task in MANIFEST_TASKS and not config.data:
+    if task in SCORED and not config.data:
         raise ValueError(f"--task {task} needs --data MANIFEST")
-    if task in TASKS_ON_VIDEOS and task != "attention" and not any(config.text):
+    if task in ON_VIDEOS and task != "attention" and not any(config.text):
         raise ValueError(f"--task {task} needs --text")
     if task == "fill" and "[MASK]" not in config.text[0]:
         raise ValueError("--task fill needs a [MASK] in --text")
@@ -1777,13 +1779,14 @@ def check_checkpoint(content: dict, config: EvalConfig, path: Path) -> None:
     if needed and trained.get("task") != needed:
         raise ValueError(f"{path} was trained for {trained.get('task', 'another task')}: fine-tune "
                          f"it with train.py --task {needed} --init {path}")
-    by_cosine = task in ("retrieval", "search") and has_vtc(content)
-    matching = task in ("choice", "match", "retrieval") and not by_cosine or config.rerank > 0
+    matching = task in ("choice", "match") or config.rerank > 0
+    if task == "retrieval" and not has_vtc(content):
+        matching = True                                # VTM ranks all pairs
     if matching and trained and not {"vtm", "rank", "choice"} & set(trained["objectives"]):
         raise ValueError(f"{path} was not trained to match (its objectives: "
                          f"{' '.join(trained['objectives'])}): use a checkpoint of --objectives "
                          "vtm, rank or choice")
-    if task == "search" and not by_cosine:
+    if task == "search" and not has_vtc(content):
         raise ValueError(f"{path} was not trained with VTC, its cosines mean nothing: fine-tune it "
                          "with train.py --task retrieval")
 

@@ -6897,6 +6897,10 @@ def test_tasks_of_slurm_need_torchrun(films, checkpoint, monkeypatch):
     assert "SLURM_NTASKS is 8" in error and "torchrun" in error
 
 
+def test_each_flag_names_its_tasks():
+    assert vars(eval.EvalConfig()).keys() - eval.USED_BY.keys() == {"task", "batch"}
+
+
 def test_each_flag_has_a_sentence():
     comments = eval.field_comments(eval.EvalConfig)
     assert list(comments) == list(vars(eval.EvalConfig()))
