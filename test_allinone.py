@@ -6736,6 +6736,30 @@ def test_features_are_of_one_kind_of_device(checkpoint, films):    # float32, or
     assert scorer.features_key("video embedding") != on_cpu
 
 
+def test_features_have_names(checkpoint, films):
+    model, clips = open_model(checkpoint, films / "train.jsonl", "probe")
+    scorer = eval.Scorer(model, clips, eval.EvalConfig("search"), torch.device("cpu"))
+    assert scorer.features_key("video embedding") != scorer.features_key("video cls")
+
+
+def test_features_do_not_depend_on_the_answer_head(films, tmp_path):
+    keys = []
+    for answers in (["a", "b"], ["a", "b", "c"]):
+        path = save_checkpoint(tmp_path / "c.pt", "qa", ["qa"], answers=answers)
+        model, clips = open_model(path, films / "train.jsonl", "probe")
+        model.load_state_dict(build(0, **{**asdict(model.config), "answers": 0}).state_dict(),
+                              strict=False)
+        scorer = eval.Scorer(model, clips, eval.EvalConfig("search"), torch.device("cpu"))
+        keys.append(scorer.features_key("video cls"))
+    assert keys[0] == keys[1]
+
+
+def test_a_scorer_never_drops_out(checkpoint, films):
+    model, clips = open_model(checkpoint, films / "train.jsonl", "probe")
+    eval.Scorer(model.train(), clips, eval.EvalConfig("search"), torch.device("cpu"))
+    assert not any(module.training for module in model.modules())
+
+
 def test_the_gallery_is_stacked_once(library, checkpoint, monkeypatch):
     stacks = []
     stack = torch.stack
