@@ -43,8 +43,9 @@ from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Loss, comp
                       count_items, cross_entropy, load_vit, read_weights)
 from data import (BatchSampler, Clips, DataError, Manifest, Tokenizer, answers_of, collate, hash64,
                   load, texts_of, toy)
-from eval import (EvalConfig, add_flags, cls_features, evaluate, gather_objects, given_flags,
-                  joined_processes, load_checkpoint, print_main, report, save_curves, save_picture)
+from eval import (ALL_PAIRS, EvalConfig, add_flags, cls_features, evaluate, gather_objects,
+                  given_flags, joined_processes, load_checkpoint, print_main, report, save_curves,
+                  save_picture)
 
 # ---- Tasks: what is trained, and by which recipe -------------------------------------------------
 
@@ -72,7 +73,7 @@ TASKS = {
         heads=(),
         paper=dict(objectives=("vtm", "mlm")),
         release=dict(objectives=("vtm", "mlm", "wpa"), whole_words=True, warmup=2500, batch=4096),
-        toy=dict(data=("data/toy/train.jsonl",), steps=1200,
+        toy=dict(data=("data/toy/train.jsonl",), steps=2400,
                  val=("data/toy/test.jsonl", "data/toy/choice_test.jsonl"))),
     "retrieval": Task(                         # Sec. 4.2.2
         objectives=("vtc", "vtm", "rank"),
@@ -918,7 +919,7 @@ def eval_configs(config: TrainConfig, model: AllInOne, tokenizer: Tokenizer,
             task = "choice"
         rerank = 0
         if task == "retrieval" and "vtc" not in config.objectives:
-            rerank = 10 ** 9                                 # cosines mean nothing: VTM ranks all
+            rerank = ALL_PAIRS                               # cosines mean nothing: VTM ranks all
         configs.append(EvalConfig(
             task=task, data=(path,), batch=32, workers=config.workers, resize=config.resize,
             boxes=config.boxes, columns=config.columns, rerank=rerank,
