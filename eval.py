@@ -904,9 +904,10 @@ def joint_logits(scorer: Scorer, texts: list[tuple[int, ...]], wanted: dict[int,
     return dict(gather_objects(pairs))
 
 
-# A task that is not named is scored by the accuracy of its scores in allinone.SCORES.
-MANIFEST_TASKS = {**dict.fromkeys(TASKS, score_choice), "retrieval": score_retrieval,
-                  "qa": score_qa, "probe": score_probe, "pretrain": score_pretraining}
+MANIFEST_TASKS = {"choice": score_choice, "retrieval": score_retrieval, "qa": score_qa,
+                  "probe": score_probe, "pretrain": score_pretraining}
+for task_name in TASKS:                  # a task of your own: the accuracy of its allinone.SCORES
+    MANIFEST_TASKS.setdefault(task_name, score_choice)
 
 
 # ---- Tasks on any video (Sec. 4.6, Fig. 4, 6, 11) -----------------------------------------------
