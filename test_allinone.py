@@ -1,4 +1,4 @@
-"""The paper, sentence by sentence, as tests. Run: python -m pytest (offline, two cores, 2 minutes).
+"""The paper, sentence by sentence, as tests. Run: python -m pytest (offline, a few minutes).
 
 Order: model and rolling (Sec. 3.1, 3.2), objectives (3.3), release, weights, data, training, tasks.
 """
