@@ -1990,7 +1990,11 @@ class Clips:
 
     def read_words(self, sample: dict, index: int = 0) -> dict:
         """The entries of an item that come from the words of a sample: see TASKS."""
-        return TASKS[self.task](self, sample, index)
+        words = TASKS[self.task](self, sample, index)
+        if type(words.get("label", 0)) is not int:
+            raise DataError(f"{sample['source_line']}: its label is {words['label']!r}; expected "
+                            "the number of an option or of a class")
+        return words
 
     def read_video(self, sample: dict) -> Tensor:
         """uint8 (S, 3, H, W) or, of several views, (K, S, 3, H, W). Unreadable."""

@@ -297,7 +297,7 @@ class EvalConfig:
     # Draws the regions of VCR's entities into its images (Tab. 5, "Mask"), by default as in the
     # checkpoint's training.
     boxes: bool = True
-    # Which columns of a .csv or .tsv hold what, as video=NAME text=NAME.
+    # Which columns of a table, or keys of a .jsonl, hold what, as video=NAME text=NAME.
     columns: tuple[str, ...] = ()
     # The vocabulary of the authors' .ckpt, which carries none: a name, vocab.txt or tokenizer.json.
     vocab: str = "bert-base-uncased"

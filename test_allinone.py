@@ -6474,6 +6474,13 @@ def test_a_blend_of_frames_is_shared_out():
     close(origins[1, -1], torch.tensor([0.0, 1.0, 0.0]))               # one that stays
 
 
+def test_a_label_that_is_no_number_is_named(tmp_path, monkeypatch):
+    clips = clips_of(tmp_path, [{"video": "a.mp4", "text": "a", "answer": "2"}])
+    monkeypatch.setitem(data.TASKS, "pretrain", lambda clips, sample, index: {"label": "2"})
+    with pytest.raises(DataError, match="jsonl:1: its label is '2'; expected the number"):
+        clips.read_words(clips.manifest[0])
+
+
 def test_every_task_has_a_score():
     assert eval.MANIFEST_TASKS.keys() == data.TASKS.keys()
 

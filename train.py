@@ -158,7 +158,7 @@ class TrainConfig:
     batch_per_gpu: int = 16
     # share of each manifest of --data in the clips; without it: in proportion to their lines
     mix: tuple[float, ...] = ()
-    # names of the columns of a .csv or .tsv manifest: video=NAME text=NAME
+    # names of the columns of a table, or of the keys of a .jsonl: video=NAME text=NAME
     columns: tuple[str, ...] = ()
     # vocabulary: bert-base-uncased, a vocab.txt, a tokenizer.json, or "train": learnt from the
     # captions of --data
