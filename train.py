@@ -619,6 +619,13 @@ def split_batch(config: TrainConfig, samples: int, world: int) -> Layout:
     return Layout(batch, micro_batch, share // micro_batch)
 
 
+def total_steps(config: TrainConfig, samples: int, batch: int) -> int:
+    """How many steps the run has: those of --epochs, rounded up, or --steps."""
+    if config.epochs:
+        return config.epochs * math.ceil(samples / batch)
+    return config.steps
+
+
 def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
     """Learning rate of a step, counted from 0 (Sec. 4.1.2).
 
@@ -924,6 +931,7 @@ def eval_configs(config: TrainConfig, model: AllInOne, tokenizer: Tokenizer,
             task=task, data=(path,), batch=32, workers=config.workers, resize=config.resize,
             boxes=config.boxes, columns=config.columns, rerank=rerank,
             objectives=config.objectives))
+        # One sample is read now, so that a misfit shows before training.
         configs[-1].open_clips(model, tokenizer, answers).read_words(sample)
     return configs
 
@@ -942,7 +950,10 @@ def validate(progress: Progress, config: TrainConfig, configs: list[EvalConfig],
             result = evaluate(model, tokenizer, scoring, device, answers)
         table = report(result, scoring, model.config)
         run.write(data=scoring.data, result=table)
-        values = [next(iter(p["metrics"].values())) for p in result["predictions"]]
+        values = []
+        for prediction in result["predictions"]:
+            main_metric, *_ = prediction["metrics"].values()
+            values.append(main_metric)
         if values:
             scores.append(sum(values) / len(values))
     model.train()
@@ -978,7 +989,7 @@ class Trainer:
 
         # ---- Data
         self.layout = split_batch(config, len(manifest), self.world)
-        self.steps = config.epochs * math.ceil(len(manifest) / self.layout.batch) or config.steps
+        self.steps = total_steps(config, len(manifest), self.layout.batch)
         self.clips = open_clips(config, manifest, self.model, self.tokenizer, self.answers)
         self.eval_configs = eval_configs(config, self.model, self.tokenizer, self.answers)
 
@@ -1241,7 +1252,7 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
     features = torch.stack([sample["feature"] for sample in samples]).to(device)     # (N, D)
     labels = torch.tensor([sample["label"] for sample in samples]).to(device)        # (N,)
     layout = split_batch(config, len(samples), world=1)
-    steps = config.epochs * math.ceil(len(samples) / layout.batch) or config.steps
+    steps = total_steps(config, len(samples), layout.batch)
     configs = eval_configs(config, model, tokenizer, answers)
 
     # ---- Optimiser
