@@ -850,6 +850,13 @@ def test_padding_changes_no_objective(objective):
     close(losses[0].mean, losses[1].mean)
 
 
+@pytest.mark.parametrize("task", SCORES)
+def test_padding_changes_no_score(task):         # a loss may hide what shifts all candidates alike
+    model = build(**TASKS_MODEL)
+    scores = SCORES[task](model, objective_batch(padded_to=5))
+    close(SCORES[task](model, objective_batch(padded_to=8)), scores)
+
+
 @pytest.mark.parametrize("objective", EVERY_OBJECTIVE)
 def test_the_number_of_items_is_known_before_the_pass(objective):
     batch = objective_batch()
@@ -5166,6 +5173,16 @@ def test_without_vtc_all_pairs_are_scored_by_vtm(objectives, rerank, trainer, cl
     one = trainer("--task", "retrieval", "--data", clips / "retrieval.jsonl", "--objectives",
                   *objectives.split(), "--val", clips / "retrieval.jsonl")
     assert one.eval_configs[0].rerank == rerank
+
+
+@pytest.mark.parametrize("field, value", [
+    ("resize", "paper"), ("boxes", False), ("workers", 3), ("columns", ("text=text",)),
+    ("objectives", ("mlm",))])
+def test_validation_reads_clips_as_training_does(field, value, tmp_path):
+    clips = clips_of(tmp_path, ["a dog runs"])
+    config = train.TrainConfig(val=(str(tmp_path / "m.jsonl"),), **{field: value})
+    validation, = train.eval_configs(config, build(), clips.tokenizer, None)
+    assert getattr(validation, field) == value
 
 
 def test_after_validation_training_goes_on(trainer, clips):
