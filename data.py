@@ -2363,8 +2363,10 @@ class Readers:
         try:
             pipe.recv()                             # that it is ready, see serve
         except (EOFError, ConnectionError):
-            self.bury(process, pipe)
-            if process.exitcode == 1:               # an exception, no signal
+            with self.lock:
+                process.join()
+            if process.exitcode == 1:               # an exception; after a signal, see __call__
+                self.bury(process, pipe)
                 raise RuntimeError(
                     "no reading process can start, since each of them imports your script and that "
                     "fails; put what the script does under `if __name__ == \"__main__\":`, or "

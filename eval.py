@@ -55,6 +55,7 @@ from data import (TASKS, Clips, DataError, Manifest, Tokenizer, clip_files, coll
 
 # ---- Flags: the fields of a dataclass -----------------------------------------------------------
 
+@functools.cache                # the source of a class is slow to find
 def field_comments(cls: type) -> dict[str, str]:
     """The comment of each field of a dataclass, on one line.
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import random
@@ -119,6 +120,77 @@ def words(B=1, m=8, seed=2) -> torch.Tensor:
 def close(actual: torch.Tensor, expected: torch.Tensor, rtol=1e-4, atol=1e-5) -> None:
     """Equal but for the rounding of float32."""
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+# ---- Processes of their own ----------------------------------------------------------------------
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    """A process that has this file loaded, and forks: others start in a moment."""
+    FORKS.set_forkserver_preload([Path(__file__).stem])
+    multiprocessing.forkserver.ensure_running()
+
+
+def command(arguments, environment, output):
+    """`python arguments`; it writes to the file `output`."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+    sys.argv = arguments
+    script = HERE / arguments[0]
+    if script.parent != HERE:                      # a copy: its files are imported, not ours
+        sys.path[:] = [str(script.parent)] + [path for path in sys.path if path != str(HERE)]
+        for name in MAY_IMPORT:
+            sys.modules.pop(name, None)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+class Started:
+    """A command line in processes of its own, which are its ranks."""
+
+    def __init__(self, output, *arguments, processes=1):
+        self.outputs = [Path(f"{output}{rank or ''}") for rank in range(processes)]
+        arguments = [str(argument) for argument in arguments]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.ranks = []
+        for rank in range(processes):
+            environment = {}
+            if processes > 1:
+                environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                               "WORLD_SIZE": str(processes), "RANK": str(rank)}
+            self.ranks.append(FORKS.Process(target=command, daemon=True, args=(
+                arguments, environment, str(self.outputs[rank]))))
+            self.ranks[-1].start()
+
+    def running(self, rest=0.0) -> bool:
+        """Whether all ranks are running, after a rest of some seconds."""
+        time.sleep(rest)
+        return all(rank.is_alive() for rank in self.ranks)
+
+    def wait(self, *codes) -> int:
+        """The exit code, one of those expected: by default 0.
+
+        A rank that outlives another by more than a second is killed, as torchrun does.
+        """
+        while alive := [rank.sentinel for rank in self.ranks if rank.is_alive()]:
+            ended = multiprocessing.connection.wait(alive, 300)
+            assert ended, f"still running: {self.outputs[0]}"
+            if any(rank.exitcode for rank in self.ranks):
+                for rank in self.ranks:
+                    rank.join(1)
+                    rank.kill()
+        code = max(abs(rank.exitcode) for rank in self.ranks)
+        assert code in (codes or [0]), self.printed()
+        return code
+
+    def printed(self) -> str:
+        return "".join(output.read_text() for output in self.outputs)
 
 
 # ---- Unified transformer (Sec. 3.1) and Token Rolling (Sec. 3.2) --------------------------------
@@ -625,10 +697,9 @@ def test_the_examples_of_the_file_run_with_the_file_alone(tmp_path):
     example = "import torch\n" + textwrap.dedent("    \n" + lines)
     example = example.replace("Config()", "Config(width=32, depth=2, heads=2, vocab_size=8)")
     (tmp_path / "example.py").write_text(example)
-    ran = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); "
-                          "import runpy; runpy.run_path('example.py')"], cwd=tmp_path,
-                         capture_output=True, text=True)
-    assert re.fullmatch(r"tensor\(\[0\.\d+, 0\.\d+\]\)\n", ran.stdout), ran.stderr
+    process = Started(tmp_path / "printed", tmp_path / "example.py")
+    process.wait()
+    assert re.fullmatch(r"tensor\(\[0\.\d+, 0\.\d+\]\)\n", process.printed())
 
 
 # ---- Training objectives (Sec. 3.3) -------------------------------------------------------------
@@ -3341,16 +3412,34 @@ def test_a_manifest_of_unreadable_clips_stops_training(tmp_path):
         list(data.load(clips, [[(0, 0)]], partial(collate, clips=clips), workers=0))
 
 
-@on_linux
-def test_a_deadline_is_that_of_one_task_and_a_reader_ends_with_its_trainer():
-    code = ("import data, os, time; readers = data.Readers(time.sleep, 1, 1); readers(0.0); "
-            "time.sleep(1.5); readers(0.5); print(readers.processes.pop().pid, flush=True); "
-            "os.kill(os.getpid(), 9)")
-    pid = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE).stdout
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{int(pid)}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+def test_a_deadline_is_that_of_one_task():
+    readers = data.Readers(time.sleep, 1, timeout=1)
+    readers(0.0)
+    process, _ = readers.of_thread.reader
+    time.sleep(1.2)
+    readers(0.0)
+    assert readers.of_thread.reader[0] is process
+    process.kill()
+
+
+def test_a_reader_ends_with_its_trainer():
+    readers = data.Readers(time.sleep, 1, timeout=1)
+    readers(0.0)
+    process, pipe = readers.of_thread.reader
+    pipe.close()                             # as the system does when the trainer has been killed
+    process.join(20)
+    assert process.exitcode == 0
+
+
+def killed_at_its_start(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_killed_at_its_start_is_unreadable(monkeypatch):            # out of memory
+    readers = data.Readers(time.sleep, 1, timeout=1)
+    monkeypatch.setattr(data, "serve", killed_at_its_start)
+    with pytest.raises(Unreadable, match=r"took its reader down \(exit code -9\)"):
+        readers(0.0)
 
 
 class Sleepy(Clips):
@@ -3388,7 +3477,7 @@ def clips_read(folder) -> int:
 
 @pytest.mark.parametrize("micro_batch, accumulation_steps", [(64, 1), (16, 8)])
 def test_two_steps_are_read_while_the_gpu_computes(micro_batch, accumulation_steps, tmp_path):
-    stream = sleepy_stream(tmp_path, micro_batch, accumulation_steps, workers=1)
+    stream = sleepy_stream(tmp_path, micro_batch, accumulation_steps, workers=3)
     for _ in range(accumulation_steps):
         next(stream)
     assert clips_read(tmp_path) == 3 * micro_batch * accumulation_steps
@@ -3509,11 +3598,14 @@ def test_a_script_without_a_main_guard_is_told_so(faulty):
     script = faulty.with_name("script.py")
     script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); import data\n"
                       f"data.check({str(faulty)!r}, workers=2)\n")
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
-    assert run.returncode == 1
-    assert run.stderr.count("Traceback") == 1
+    printed = faulty.with_name("printed")
+    process = FORKS.Process(target=command, args=([str(script)], {}, printed))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    assert printed.read_text().count("Traceback") == 1
     assert re.search('RuntimeError: no reading process can start.*`if __name__ == "__main__":`',
-                     run.stderr)
+                     printed.read_text())
     assert not faulty.with_name("m.clean.jsonl").exists()
 
 
@@ -4388,64 +4480,6 @@ def fine_tune(task, manifest, out, whole_run, *flags, code=0) -> str:
                "--out", out, *TUNING, *flags, code=code)
 
 
-FORKS = multiprocessing.get_context("forkserver")      # a process that has torch loaded, and forks
-FORKS.set_forkserver_preload([__name__])
-
-
-def command(arguments, environment, output):
-    """`python arguments`; it writes to the file `output`."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(environment)
-    sys.argv = arguments
-    runpy.run_path(str(HERE / arguments[0]), run_name="__main__")
-
-
-class Started:
-    """A command line in processes of its own, which are its ranks."""
-
-    def __init__(self, output, *arguments, processes=1):
-        self.outputs = [Path(f"{output}{rank or ''}") for rank in range(processes)]
-        arguments = [str(argument) for argument in arguments]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        self.ranks = []
-        for rank in range(processes):
-            environment = {}
-            if processes > 1:
-                environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                               "WORLD_SIZE": str(processes), "RANK": str(rank)}
-            self.ranks.append(FORKS.Process(target=command, daemon=True, args=(
-                arguments, environment, str(self.outputs[rank]))))
-            self.ranks[-1].start()
-
-    def running(self, rest=0.0) -> bool:
-        """Whether all ranks are running, after a rest of some seconds."""
-        time.sleep(rest)
-        return all(rank.is_alive() for rank in self.ranks)
-
-    def wait(self, *codes) -> int:
-        """The exit code, one of those expected: by default 0.
-
-        A rank that outlives another by more than a second is killed, as torchrun does.
-        """
-        while alive := [rank.sentinel for rank in self.ranks if rank.is_alive()]:
-            ended = multiprocessing.connection.wait(alive, 300)
-            assert ended, f"still running: {self.outputs[0]}"
-            if any(rank.exitcode for rank in self.ranks):
-                for rank in self.ranks:
-                    rank.join(1)
-                    rank.kill()
-        code = max(abs(rank.exitcode) for rank in self.ranks)
-        assert code in (codes or [0]), self.printed()
-        return code
-
-    def printed(self) -> str:
-        return "".join(output.read_text() for output in self.outputs)
-
-
 def lines_of(path, first=0) -> list[dict]:
     """The objects of a .jsonl file."""
     return [json.loads(line) for line in path.read_bytes().splitlines()[first:]]
@@ -4908,14 +4942,14 @@ def test_a_new_objective_is_logged_and_scored(clips, tmp_path):
                             '    "wpa": (),')
     source = source.replace("\n    return scores, vtm_features\n", NEW_OBJECTIVE)
     (tmp_path / "allinone.py").write_text(source)
-    process = subprocess.run(
-        [sys.executable, tmp_path / "train.py", "--data", clips / "train.jsonl", *TINY_RUN,
-         "--steps", "2", "--objectives", "vtm", "direction", "--val", clips / "train.jsonl",
-         "--out", tmp_path / "run"], capture_output=True, text=True)
-    assert re.search(r"step +2 100%  vtm .*  direction \d\.\d\d\d +\d+%", process.stdout), (
-        process.stdout + process.stderr)
+    process = Started(
+        tmp_path / "printed", tmp_path / "train.py", "--data", clips / "train.jsonl", *TINY_RUN,
+        "--steps", 2, "--objectives", "vtm", "direction", "--val", clips / "train.jsonl",
+        "--out", tmp_path / "run")
+    process.wait()
+    assert re.search(r"step +2 100%  vtm .*  direction \d\.\d\d\d +\d+%", process.printed())
     assert "direction_accuracy" in records(tmp_path / "run")[-1]
-    assert re.search(r"DIRECTION +\d+\.\d +48", process.stdout)
+    assert re.search(r"DIRECTION +\d+\.\d +48", process.printed())
 
 
 # ---- Training: what a GPU needs
@@ -5068,17 +5102,17 @@ def test_flops_of_a_step_count_all_micro_batches(trainer):
 def long_run(clips, tmp_path_factory) -> Path:
     """A run of 40 steps that logs each of them."""
     out = tmp_path_factory.mktemp("long") / "run"
-    pretrain(clips, out, "--steps", 40)
+    pretrain(clips, out, "--steps", 40, "--batch", 4)
     return out
 
 
 @pytest.mark.parametrize("stops", [0, 2])                      # within the window of 4 steps
 def test_a_line_means_the_steps_since_the_last(stops, long_run, trainer):
     for _ in range(stops):
-        one = trainer("--steps", 40, "--log_every", 4)
+        one = trainer("--steps", 40, "--batch", 4, "--log_every", 4)
         one.run.terminated = True                              # stops after one more step
         assert not one.train()
-    one = trainer("--steps", 40, "--log_every", 4)
+    one = trainer("--steps", 40, "--batch", 4, "--log_every", 4)
     assert one.run.state["step"] == stops
     assert one.train()
     steps = records(long_run)
@@ -5128,7 +5162,7 @@ def test_unreadable_clips_and_mfu_are_printed():
 
 @pytest.mark.parametrize("steps, lines", [(5, 5), (12, 12), (40, 10)])
 def test_a_run_has_ten_lines_or_more(steps, lines, trainer):
-    one = trainer("--log_every", 50, "--steps", steps)
+    one = trainer("--log_every", 50, "--steps", steps, "--batch", 4)
     one.train()
     assert len(records(one.run.folder)) == lines
 
@@ -5219,6 +5253,7 @@ def start(clips, whole_run):
 def test_killed_runs_end_with_the_same_bits(name, processes, kill, start, tmp_path):
     """Every other kill falls into a checkpoint write; one rank is hit, the others then stop."""
     rng = random.Random(processes)
+    unkilled = start(name, tmp_path / "unkilled", processes)
     out = tmp_path / "run"
     log = out / "log.jsonl"
     partial = out / "checkpoint.partial"
@@ -5247,7 +5282,7 @@ def test_killed_runs_end_with_the_same_bits(name, processes, kill, start, tmp_pa
     resumed = start(name, out, processes)
     resumed.wait()
     assert "resuming" in resumed.printed()
-    start(name, tmp_path / "unkilled", processes).wait()
+    unkilled.wait()
     same_bits(out, tmp_path / "unkilled")
     print(f"{kills} kills, {kills_in_write} of them during a checkpoint write")
     assert kills_in_write or not FULL or kill == signal.SIGTERM           # which lets it finish
