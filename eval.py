@@ -332,10 +332,14 @@ MODEL_FLAGS = ("frames", "image_size", "max_text_len", "temporal", "roll", "roll
                "roll_start", "roll_select", "roll_unimodal", "patch_order")
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU that computes in bfloat16, not one that only emulates it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def half_precision(device: torch.device):
-    """A context of bfloat16 where the GPU has it, as in training."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """A context of bfloat16 where the GPU computes in it, as in training."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
 
 
 # ---- Reading samples ----------------------------------------------------------------------------

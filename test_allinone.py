@@ -3360,6 +3360,13 @@ def test_the_next_line_stands_in_for_an_unreadable_clip(workers, tmp_path):
     assert [len(batch["unreadable"]) for batch in batches] == [1, 1, 0]
 
 
+def test_a_stand_in_is_read_as_on_its_own_visit(tmp_path):
+    clips = clips_of(tmp_path, [{"video": "gone.mp4", "text": "a"}, WORDS[0]])
+    item = data.ItemReader(clips, data.Readers(partial(data.read_item, clips), 0, 9))((0, 7))
+    assert torch.equal(item["video"], clips[1, 7]["video"])
+    assert not torch.equal(item["video"], clips[1, 0]["video"])
+
+
 @pytest.fixture(scope="module")
 def deadly(tmp_path_factory):
     """Batches of lines 1 to 3 and 4 to 6, each read twice, and how often each line was tried."""
@@ -4552,6 +4559,10 @@ def test_the_learning_rate_rises_then_falls(step, lr):
     assert train.lr_at(step, steps=100, peak=1e-4, warmup=0.1) == pytest.approx(lr)
 
 
+def test_a_warmup_of_1_is_a_share():
+    assert train.lr_at(49, steps=100, peak=1e-4, warmup=1.0) == pytest.approx(5e-5)
+
+
 @pytest.mark.parametrize("step, lr", [(0, 1e-4 / 2500), (2499, 1e-4), (101_250, 5e-5)])
 def test_a_warmup_above_1_counts_steps(step, lr):                             # the release's
     assert train.lr_at(step, steps=200_000, peak=1e-4, warmup=2500) == pytest.approx(lr)
@@ -4577,6 +4588,18 @@ def recipe(*flags) -> dict:
 PAPER = {"batch": 256, "clips of a GPU": 8, "lr": 1e-4, "length": 20, "warmup": 0.1,
          "beta2": 0.999, "weight decay": 0.01, "roll": "paper", "answer head": "paper",
          "head lr": 1, "whole words": False}                                   # Sec. 4.1.2
+
+
+def test_the_other_defaults_of_training():
+    assert asdict(train.TrainConfig()) == {
+        "task": "pretrain", "objectives": ("vtm", "mlm"), "recipe": "paper", "variant": "B",
+        "init": "scratch", "vocab": "bert-base-uncased", "freeze": (),
+        "data": (), "val": (), "mix": (), "columns": (), "out": "",
+        "steps": 200_000, "epochs": 0, "batch": 0, "batch_per_gpu": 16,
+        "lr": 1e-4, "warmup": 0.1, "weight_decay": 0.01, "beta2": 0.999, "head_lr": 1.0,
+        "false_captions": 15, "whole_words": False, "resize": "release", "boxes": True,
+        "precision": "auto", "compile": False, "activation_checkpointing": False, "seed": 0,
+        "workers": 8, "timeout": 120, "val_every": 0, "log_every": 50, "save_every": 1000}
 
 
 @pytest.mark.parametrize("task, differs", [
@@ -4895,6 +4918,21 @@ def test_processes_and_micro_batches_change_nothing(
         close(tensor, other, rtol=0, atol=5e-6)
 
 
+def test_a_seed_has_its_own_weights(trainer):
+    weights = [trainer("--seed", seed).model.cls_token.clone() for seed in (0, 1, 0)]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("task, head", [("qa", "paper"), ("probe", "linear")])
+def test_the_answer_head_is_that_of_the_task(task, head, trainer, clips, tmp_path):
+    other = {"paper": "linear", "linear": "paper"}[head]
+    weights = save_checkpoint(tmp_path / "c.pt", "qa", answers=["ring"], answer_head=other)
+    one = trainer("--task", task, "--data", clips / "qa.jsonl", "--init", weights,
+                  "--objectives", task)
+    assert one.model.config.answer_head == head
+
+
 def test_each_micro_batch_draws_its_own_dropout(trainer):
     seeds = []
     for rank in (0, 1, 0):
@@ -5058,6 +5096,15 @@ def test_compiling_breaks_no_graph(trainer):
 def test_the_flag_compiles_the_whole_micro_batch(trainer):
     assert trainer().losses._compiled_call_impl is None
     assert trainer("--compile").losses._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("has_bf16, precision", [(True, "bf16"), (False, "fp16")])
+def test_emulated_bf16_is_not_chosen(has_bf16, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: has_bf16 or including_emulation)
+    device = torch.device("cuda")
+    assert train.choose_precision(train.TrainConfig(), device) == precision
+    assert not eval.computes_bf16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -5286,6 +5333,39 @@ def test_killed_runs_end_with_the_same_bits(name, processes, kill, start, tmp_pa
     same_bits(out, tmp_path / "unkilled")
     print(f"{kills} kills, {kills_in_write} of them during a checkpoint write")
     assert kills_in_write or not FULL or kill == signal.SIGTERM           # which lets it finish
+
+
+def test_a_run_whose_torchrun_is_gone_stops(trainer, monkeypatch):
+    run = trainer().run
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert not run.must_stop()
+    run.parent += 1                                            # another process is our parent now
+    assert run.must_stop()
+
+
+def test_the_checkpoint_before_stays_beside_the_best(clips, tmp_path):
+    pretrain(clips, tmp_path, "--steps", 3, "--save_every", 1, "--val_every", 1, "--val",
+             clips / "choice.jsonl")
+    steps = {}
+    for name in ("checkpoint", "checkpoint.previous"):
+        content = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        steps[name] = content["state"]["step"]
+    assert steps == {"checkpoint": 3, "checkpoint.previous": 2}
+
+
+def test_a_run_on_shards_resumes(clips, trainer, tmp_path):
+    files = {}
+    for line in lines_of(clips / "train.jsonl"):
+        files[line["video"]] = (clips / line["video"]).read_bytes()
+        files[Path(line["video"]).stem + ".txt"] = line["text"]
+    shard = write_shard(tmp_path / "0.tar", files)
+    for folder, stops in (("stopped", 1), ("whole", 0)):
+        for _ in range(stops):
+            one = trainer("--data", shard, "--steps", 5, "--out", tmp_path / folder)
+            one.run.terminated = True                          # stops after one more step
+            assert not one.train()
+        assert trainer("--data", shard, "--steps", 5, "--out", tmp_path / folder).train()
+    same_bits(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.mark.skipif(not FULL, reason="FULL=1 runs it: torchrun starts six processes")
@@ -5557,6 +5637,15 @@ def test_a_loss_that_is_not_finite_stops(clips, tmp_path):
     assert "train.jsonl:" in error                             # the samples
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["state"]["step"] == int(re.search(r"step (\d+):", error)[1])
+
+
+@pytest.mark.parametrize("clips_read, unreadable, is_too_many", [
+    (90, 10, False), (89, 11, True), (88, 11, False), (0, 99, False), (900, 101, True)])
+def test_1_unreadable_clip_in_10_is_allowed(clips_read, unreadable, is_too_many, trainer):
+    run = trainer().run
+    counts = torch.tensor([[clips_read, unreadable]])
+    with pytest.raises(ValueError, match="1 in 10") if is_too_many else contextlib.nullcontext():
+        run.count_clips(counts, ["m.jsonl:1: gone"])
 
 
 def test_too_many_unreadable_clips_stop(clips, whole_run, tmp_path):
@@ -6612,14 +6701,24 @@ def test_images_stay_out_of_the_mean_attention(films, checkpoint):             #
     assert printed[0] == printed[1] and "frame 3 rolled" in printed[0]
 
 
-def test_attention_stands_beside_a_baseline(films, checkpoint, tmp_path):
+def test_attention_is_drawn_beside_a_baseline(films, checkpoint, tmp_path):
     baseline = save_checkpoint(tmp_path / "baseline.pt", temporal="time_average")
-    printed = run_eval("attention", [films / "0.mp4"], checkpoint, "--text", "white ring",
-                       "--baseline", baseline, "--out", tmp_path)
-    alone = run_eval("attention", [films / "0.mp4"], baseline, "--text", "white ring")
-    assert alone.partition("shares of")[2] in printed
+    run_eval("attention", [films / "0.mp4"], checkpoint, "--text", "white ring",
+             "--baseline", baseline, "--out", tmp_path)
     with Image.open(tmp_path / "attention.png") as image:
         assert image.size == (960, 720)                        # two diagrams for each checkpoint
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--order", "reversed"], ["--resize", "paper"], ["--window", 1]])
+def test_a_baseline_reads_the_same_clips(flags, films, checkpoint, tmp_path):
+    baseline = save_checkpoint(tmp_path / "baseline.pt", seed=1)
+    question = ["attention", [films / "0.mp4"]]
+    both = run_eval(*question, checkpoint, "--text", "white ring", "--baseline", baseline, *flags)
+    alone = run_eval(*question, baseline, "--text", "white ring", *flags)
+    unlike = run_eval(*question, baseline, "--text", "white ring")
+    assert alone.partition("shares of")[2] in both
+    assert (alone.partition("shares of")[2] == unlike.partition("shares of")[2]) == (not flags)
 
 
 @pytest.mark.parametrize("sample, windows", [

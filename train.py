@@ -43,9 +43,9 @@ from allinone import (OBJECTIVES, SCORES, VARIANTS, AllInOne, Config, Loss, comp
                       count_items, cross_entropy, load_vit, read_weights)
 from data import (BatchSampler, Clips, DataError, Manifest, Tokenizer, answers_of, collate, hash64,
                   load, texts_of, toy)
-from eval import (ALL_PAIRS, EvalConfig, add_flags, cls_features, evaluate, gather_objects,
-                  given_flags, joined_processes, load_checkpoint, print_main, report, save_curves,
-                  save_picture)
+from eval import (ALL_PAIRS, EvalConfig, add_flags, cls_features, computes_bf16, evaluate,
+                  gather_objects, given_flags, joined_processes, load_checkpoint, print_main,
+                  report, save_curves, save_picture)
 
 # ---- Tasks: what is trained, and by which recipe -------------------------------------------------
 
@@ -580,7 +580,7 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
         return config.precision
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if computes_bf16(device) else "fp16"
 
 
 class Layout(NamedTuple):
