@@ -141,10 +141,9 @@ def joined_processes() -> Iterator[torch.device]:
                          f"{os.environ['SLURM_NTASKS']}) that do not know of each other: start "
                          "one task a node, which runs torchrun (see README), or unset SLURM_NTASKS "
                          "for a single process")
-    device = torch.device("cpu")
+    device = own_device()
     backend = "gloo"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
         backend = "nccl"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -164,6 +163,13 @@ def joined_processes() -> Iterator[torch.device]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def own_device() -> torch.device:
+    """This process's GPU, by its place on this machine (LOCAL_RANK); the CPU if there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def is_earliest_failure(store: dist.Store) -> bool:

@@ -3408,6 +3408,27 @@ def test_evaluation_replaces_no_clip(tmp_path):
     assert batch["index"].tolist() == [0, 1] and "took its reader down" in batch["unreadable"][0]
 
 
+class Hanging(Clips):
+    """Clips whose line 1 is never read."""
+
+    def read_video(self, sample):
+        if sample["source_line"].endswith(":1"):
+            time.sleep(1000)
+        return torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+
+
+def test_training_gives_a_clip_up_after_the_timeout(trainer):
+    one = trainer("--timeout", 1, "--workers", 1)
+    read = one.clips
+    one.clips = Hanging(read.manifest, read.tokenizer, "pretrain", 3, 32, 40, train=True)
+    stream = one.stream()
+    unreadable = []
+    for _ in range(3):                                         # 24 clips
+        unreadable += next(stream)["unreadable"]
+    stream.close()
+    assert len(unreadable) == 1 and "longer than 1 s" in unreadable[0]
+
+
 def test_an_unforeseen_error_costs_its_clip(tmp_path):
     clips = clips_of(tmp_path, [{"text": "a", "boxes": [[0, 9, 9, 1, 1]]}])     # no such rectangle
     assert "cannot be read (ValueError(" in clips[0, 0]["unreadable"][0]
@@ -4918,6 +4939,18 @@ def test_processes_and_micro_batches_change_nothing(
         close(tensor, other, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("flag, differs", [
+    ("--seed 1", lambda one: one.clips[0, 0]["video"].tolist()),
+    ("--seed 1", lambda one: one.fetch(one.stream())[0].source_lines),
+    ("--activation_checkpointing", lambda one: one.model.activation_checkpointing),
+    ("--resize paper", lambda one: one.clips[0, 0]["video"].tolist()),
+    ("--no-boxes", lambda one: one.clips.boxes),
+    ("--whole_words", lambda one: one.clips.whole_words)])
+def test_a_flag_changes_what_is_trained(flag, differs, trainer):
+    assert differs(trainer()) == differs(trainer())
+    assert differs(trainer()) != differs(trainer(*flag.split()))
+
+
 def test_a_seed_has_its_own_weights(trainer):
     weights = [trainer("--seed", seed).model.cls_token.clone() for seed in (0, 1, 0)]
     assert torch.equal(weights[0], weights[2])
@@ -4933,6 +4966,12 @@ def test_the_answer_head_is_that_of_the_task(task, head, trainer, clips, tmp_pat
     assert one.model.config.answer_head == head
 
 
+def test_a_step_without_items_has_no_loss(trainer):                          # all answers unknown
+    one = trainer("--batch_per_gpu", 4)
+    empty = train.MicroBatch({}, {"vtm": 0, "mlm": 0}, 0, [], [])
+    assert one.items_of_step([empty, empty]) == {"vtm": 1, "mlm": 1}
+
+
 def test_each_micro_batch_draws_its_own_dropout(trainer):
     seeds = []
     for rank in (0, 1, 0):
@@ -4945,18 +4984,20 @@ def test_each_micro_batch_draws_its_own_dropout(trainer):
     assert seeds[8:] == seeds[:4]
 
 
-def test_a_parameter_without_gradient_is_named(trainer, clips):
-    """As a new mixing that images, which have one frame, do not use."""
+@pytest.mark.parametrize("is_used, name", [
+    (lambda frames: frames > 1, "images.jsonl"),               # as a new mixing of frames
+    (lambda frames: frames == 1, "train.jsonl")])
+def test_a_parameter_without_gradient_is_named(is_used, name, trainer, clips):
     one = trainer("--data", clips / "train.jsonl", clips / "images.jsonl")
     one.model.gate = torch.nn.Parameter(torch.zeros(1))
     mix = one.model.mix_frames
 
     def gated(z, frames, *arguments):
         z = mix(z, frames, *arguments)
-        return z * (1 + one.model.gate) if frames > 1 else z
+        return z * (1 + one.model.gate) if is_used(frames) else z
 
     one.model.mix_frames = gated
-    with pytest.raises(DataError, match="gate: no part in the losses of .*images.jsonl.* by 0"):
+    with pytest.raises(DataError, match=f"gate: no part in the losses of .*{name}.* by 0"):
         one.train()
 
 
@@ -5107,6 +5148,23 @@ def test_emulated_bf16_is_not_chosen(has_bf16, precision, monkeypatch):
     assert not eval.computes_bf16(torch.device("cpu"))
 
 
+def test_the_norm_of_fp16_is_that_of_fp32(trainer):
+    norms = []
+    for precision in ("fp32", "fp16"):                         # whose losses are scaled by 65536
+        one = trainer("--precision", precision, "--steps", 1)
+        one.train()
+        norms.append(records(one.run.folder)[0]["grad_norm"])
+        shutil.rmtree(one.run.folder)
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def test_an_overflow_leaves_the_mean_norm_alone(trainer):
+    one = trainer("--log_every", 2, "--steps", 20)
+    for norm in (math.inf, 3.0):
+        one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, norm, lr=0.1, unreadable=[])
+    assert records(one.run.folder)[0]["grad_norm"] == 3.0
+
+
 @pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_matrix_products_have_the_precision_asked_for(precision, dtype, trainer):
     one = trainer("--precision", precision)
@@ -5141,6 +5199,17 @@ def test_flops_of_a_step_count_all_micro_batches(trainer):
         shutil.rmtree(one.run.folder)
     assert counts[0] > 0
     assert counts[0] == pytest.approx(counts[1], rel=0.02)
+
+
+def test_counting_flops_trains_nothing(trainer):
+    lines = []
+    for peak in (0.0, 1e12):
+        one = trainer("--steps", 1)
+        one.progress.peak = peak
+        one.train()
+        lines.append(records(one.run.folder)[0]["grad_norm"])
+        shutil.rmtree(one.run.folder)
+    assert lines[0] == lines[1]
 
 
 # ---- Training: log, progress, validation
@@ -5223,6 +5292,55 @@ def test_speed_is_in_clips(trainer):
     assert speed["eta_s"] == pytest.approx(40, rel=0.01)
 
 
+def test_speed_is_that_since_the_last_line(trainer):
+    one = trainer("--steps", 100)
+    one.progress.start_time -= 10.0
+    one.progress.data_wait = 5.0
+    one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, 1.0, lr=0.1, unreadable=[])
+    one.progress.start_time -= 1.0
+    one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, 1.0, lr=0.1, unreadable=[])
+    early, late = records(one.run.folder)
+    assert early["clips_per_s"] == pytest.approx(0.8, rel=0.05)
+    assert early["data_wait"] == pytest.approx(0.5, rel=0.05)
+    assert late["clips_per_s"] == pytest.approx(8, rel=0.2)
+    assert late["data_wait"] == 0
+
+
+def test_waiting_for_clips_adds_up(trainer):
+    one = trainer()
+    one.progress.data_wait = 5.0
+    one.fetch(one.stream())
+    assert one.progress.data_wait > 5.0
+
+
+def test_a_loss_is_logged_for_manifests_that_were_read(trainer, clips):
+    one = trainer("--data", clips / "train.jsonl", clips / "images.jsonl")
+    sums = {"clips": torch.tensor([[8.0, 0.0], [0.0, 0.0]]),
+            "vtm": torch.tensor([[4.0, 8.0], [0.0, 0.0]])}
+    one.progress.end_step(sums, 1.0, lr=0.1, unreadable=[])
+    films, images = records(one.run.folder)[0]["manifests"].values()
+    assert films == {"clips": 8, "unreadable": 0, "vtm": 0.5}
+    assert images == {"clips": 0, "unreadable": 0}
+
+
+def test_unreadable_clips_of_all_manifests_are_counted(trainer, clips):
+    one = trainer("--data", clips / "train.jsonl", clips / "images.jsonl")
+    counts = torch.tensor([[8.0, 1.0], [8.0, 2.0]])
+    one.progress.end_step({"clips": counts}, 1.0, lr=0.1, unreadable=["a", "b", "c"])
+    assert records(one.run.folder)[0]["unreadable"] == 3
+
+
+def test_samples_show_which_clip_a_text_meets(trainer):
+    one = trainer()
+    micro_batch = one.fetch(one.stream())[0]
+    pictures = []
+    for clip in (0, 1):
+        micro_batch.tensors["vtm_video"][:] = clip
+        one.save_samples(micro_batch)
+        pictures.append((one.run.folder / "samples.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
 def test_samples_show_what_the_model_is_fed(whole_run):
     image = np.asarray(Image.open(whole_run / "samples.png"))
     assert image.shape[0] > 8 * 32 and image.std() > 10
@@ -5264,6 +5382,17 @@ def test_validation_reads_clips_as_training_does(field, value, tmp_path):
     config = train.TrainConfig(val=(str(tmp_path / "m.jsonl"),), **{field: value})
     validation, = train.eval_configs(config, build(), clips.tokenizer, None)
     assert getattr(validation, field) == value
+
+
+def test_a_checkpoint_holds_the_best_of_its_step(trainer, clips):
+    one = trainer("--val", clips / "choice.jsonl", "--val_every", 1, "--save_every", 1)
+    one.run.terminated = True                                  # stops after one step
+    one.train()
+    saved = torch.load(one.run.folder / "checkpoint.pt", weights_only=True)
+    best = torch.load(one.run.folder / "best.pt", weights_only=True)
+    assert saved["state"]["step"] == best["state"]["step"] == 1
+    assert saved["state"]["best"] == best["state"]["best"]
+    assert saved["log"]["bytes"] == (one.run.folder / "log.jsonl").stat().st_size
 
 
 def test_after_validation_training_goes_on(trainer, clips):
@@ -5410,6 +5539,56 @@ def test_a_closed_pipe_ends_no_run(clips, tmp_path):                     # train
         pass
     assert process.ranks[0].exitcode == 0
     assert finished(tmp_path / "run")[0]["state"]["step"] == 12
+
+
+def test_one_sentence_says_why_a_run_cannot_be_written(clips, tmp_path):
+    process = Started(tmp_path / "printed", "train.py", "--data", clips / "train.jsonl", *TINY_RUN,
+                      "--out", clips / "0.mp4" / "run")        # in a file
+    process.wait(1)
+    assert process.printed().startswith("train.py: ")
+    assert process.printed().count("\n") == 1
+
+
+def test_unreadable_clips_of_all_processes_are_named(clips, tmp_path):
+    lines = absolute(clips / "train.jsonl")
+    for k in (3, 15):
+        lines[k] = json_lines({"video": f"gone{k}.mp4", "text": "a ring"}) + "\n"
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    Started(tmp_path / "printed", "train.py", "--data", tmp_path / "m.jsonl", *TINY_RUN, "--steps",
+            3, "--out", tmp_path / "run", processes=2).wait()  # each line once
+    named = []
+    for line in lines_of(tmp_path / "run" / "log.jsonl"):
+        if isinstance(line.get("unreadable"), list):
+            named += line["unreadable"]
+    assert len(named) == 2 == records(tmp_path / "run")[-1]["unreadable"]
+
+
+WRITE_TOY_CLIPS = """
+import os, data, eval, train
+os.chdir({folder!r})
+data.SPLITS = {{"train": 20}}
+with eval.joined_processes():
+    train.write_toy_clips(train.TrainConfig(data=("data/toy/train.jsonl",)))
+    print("toy clips:", os.path.exists("data/toy/train.jsonl"))
+"""
+
+
+def test_processes_wait_until_toy_clips_are_written(tmp_path):
+    script = tmp_path / "script.py"
+    for name in MAY_IMPORT:
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+    script.write_text(WRITE_TOY_CLIPS.format(folder=str(tmp_path)))
+    process = Started(tmp_path / "printed", script, processes=2)
+    process.wait()
+    assert process.printed().count("toy clips: True") == 2
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    assert eval.own_device() == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "9")                            # the second of eight on a machine
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert eval.own_device() == torch.device("cuda", 1)
 
 
 def test_several_processes_tell_one_error(clips, tmp_path):
@@ -5693,6 +5872,17 @@ def mixed_probe(clips, whole_run, tmp_path, monkeypatch):
 def test_a_stopped_extraction_goes_on(mixed_probe):
     assert "images and clips in one" in mixed_probe("0.png", "1.png", "2.mp4", code=1)
     assert "features of 2 clips" in mixed_probe("0.png", "1.png", "2.png")
+
+
+def test_a_resumed_probe_counts_its_clips_once(clips, whole_run, tmp_path):
+    lines = absolute(clips / "qa.jsonl")
+    lines[2] = lines[2].replace("2.mp4", "gone.mp4")
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    for steps in (1, 2):
+        fine_tune("probe", tmp_path / "m.jsonl", tmp_path / "run", whole_run, "--steps", steps)
+    content, _ = finished(tmp_path / "run")
+    read, unreadable = content["state"]["clips"][0].tolist()
+    assert unreadable == 1
 
 
 def test_each_micro_batch_of_a_probe_reads_one_manifest(mixed_probe, tmp_path):
