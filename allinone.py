@@ -777,7 +777,11 @@ class Loss(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Logits of an objective that classifies, and the right classes (Sec. 3.3)."""
+    """Logits of an objective that classifies, and the right classes (Sec. 3.3).
+
+    A row is about a clip, and clips stand in the order of the batch. If an objective has several
+    rows for each clip, they stand one after the other. MLM has a row for each masked word instead.
+    """
 
     logits: Tensor    # (K, classes)
     labels: Tensor    # (K,); a negative label does not count

@@ -5003,10 +5003,11 @@ def test_a_parameter_without_gradient_is_named(is_used, name, trainer, clips):
 
 NEW_OBJECTIVE = '''
     if "direction" in objectives:
-        reversed_too = torch.cat([video, video.flip(1)])
-        text = model.embed_text(batch["text_ids"]).repeat(2, 1, 1)
-        pooled = model.fuse(reversed_too, text, batch["text_mask"].repeat(2, 1)).pooled
-        labels = torch.arange(2 * B, device=video.device) // B
+        reversed_too = torch.stack([video, video.flip(1)], 1).flatten(0, 1)   # clip after clip
+        text = model.embed_text(batch["text_ids"]).repeat_interleave(2, 0)
+        mask = batch["text_mask"].repeat_interleave(2, 0)
+        pooled = model.fuse(reversed_too, text, mask).pooled
+        labels = torch.arange(2 * B, device=video.device) % 2
         scores["direction"] = Scores(model.vtm_head(pooled), labels)
     return scores, vtm_features
 '''
@@ -6036,10 +6037,17 @@ def test_a_missing_metric_is_no_zero():                        # the release lea
 
 def test_the_majority_is_that_of_each_kind():
     predictions = []
-    for kind, label in (("who", 3), ("who", 1), ("who", 1), ("who", -1), ("what", 3)):
+    for kind, label in (("who", 3), ("who", 1), ("who", 1), ("who", -1), ("who", -1), ("who", -1),
+                        ("what", 3)):                          # -1: an answer that is no class
         predictions.append({"kind": kind, "label": label, "metrics": {}})
     eval.add_majority(predictions)
-    assert [p["metrics"]["majority %"] for p in predictions] == [0, 100, 100, 0, 100]
+    assert [p["metrics"]["majority %"] for p in predictions] == [0, 100, 100, 0, 0, 0, 100]
+
+
+def test_the_clip_without_a_score_is_named():
+    eval.check_scores(torch.tensor([[0.0], [-torch.inf]]), ["a", "b"])       # no such candidate
+    with pytest.raises(ValueError, match="^b: the model's score is not a number"):
+        eval.check_scores(torch.tensor([[0.0], [torch.nan]]), ["a", "b"])
 
 
 def test_the_interval_is_a_binomial_one():
@@ -6154,6 +6162,60 @@ def test_a_new_objective_is_scored(films, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(eval, "pretraining_scores", with_frame_count)
     printed = run_eval("pretrain", [films / "train.jsonl"], checkpoint)
     assert re.search(r"^COUNT +50\.0 +8$", printed, re.M)
+
+
+def side(names: str) -> eval.Side:
+    """Clips or captions whose cosines are 1 with their own and 0 with all others."""
+    count = len(names)
+    return eval.Side(list(names), list(range(count)), torch.eye(count).double(),
+                     torch.arange(count))
+
+
+@pytest.mark.parametrize("logits, best, ranks", [
+    ({}, "AB", [1, 1]),                                        # by cosine
+    ({(1, 0): [0, -5.0]}, "BB", [2, 1]),                       # clip 1 is re-ranked for caption 0
+    ({(0, 0): [0, -7.0], (1, 0): [0, -5.0]}, "BB", [2, 1])])
+def test_reranked_candidates_stand_before_all_others(logits, best, ranks):
+    keys = {(0, 0): (0, 0), (0, 1): (1, 0)}                    # what has no logits is unreadable
+    with eval.joined_processes():
+        results = eval.rank_candidates("text to video", side("ab"), side("AB"), keys, logits)
+    assert "".join(result["best"] for result in results) == best
+    assert [result["metrics"]["mean rank"] for result in results] == ranks
+
+
+def test_features_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "features.pt"
+    eval.write_features(path, "key", {"clip": torch.zeros(2)})
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        eval.write_features(path, lambda: "no key", {"clip": torch.ones(2)})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_clip_that_is_unreadable_twice_counts_once(checkpoint, films):
+    model, clips = open_model(checkpoint, films / "retrieval.jsonl", "retrieval")
+    with eval.joined_processes() as device:
+        scorer = eval.Scorer(model, clips, eval.EvalConfig("retrieval", workers=0), device)
+        scorer.unreadable = ["a", "b", "a"]
+        assert scorer.all_unreadable() == ["a", "b"]
+
+
+def test_equal_clips_are_found_in_their_order(checkpoint, films):
+    model, clips = open_model(checkpoint, films / "retrieval.jsonl", "retrieval")
+    features = {i: torch.ones(512, dtype=torch.float16) for i in range(300)}
+    config = eval.EvalConfig("search", text=("a",), top=300, workers=0)
+    with eval.joined_processes() as device, torch.no_grad():
+        scorer = eval.Scorer(model, clips, config, device)
+        (nearest,) = eval.nearest_clips(scorer, features, [(2, 3)])
+    assert [sample for _, sample in nearest] == list(range(300))
+
+
+def test_rows_of_a_clip_stand_together():
+    batch = {"text_ids": torch.zeros(2, 8), "source_line": ["a", "b"], "kind": [None, None],
+             "index": torch.tensor([0, 1])}
+    predictions = eval.objective_predictions("direction", batch, torch.eye(4), [0, 1, 2, 3])
+    assert [prediction["source_line"] for prediction in predictions] == ["a", "a", "b", "b"]
 
 
 @pytest.mark.parametrize("best, views", [(0, 1), (1, 1), (2, 1), (99, 3), (0, 3)])
@@ -6915,7 +6977,8 @@ def test_a_baseline_reads_the_same_clips(flags, films, checkpoint, tmp_path):
     ({}, [(0, 1), (1, 2)]),
     ({"start": 0.5, "end": 1.75}, [(0.5, 1.5), (1.5, 1.75)]),
     ({"start": 0.25, "end": 0.75}, [(0.25, 0.75)]),
-    ({"start": 1.25}, [(1.25, 2)])])
+    ({"start": 1.25}, [(1.25, 2)]),
+    ({"start": 1.25, "end": 9}, [(1.25, 2)])])                 # an end behind the clip's own
 def test_windows_lie_between_start_and_end(sample, windows, tmp_path):
     video = film(tmp_path / "a.mp4", "n=60 rate=30")           # two seconds
     cut = eval.cut_windows({"video": str(video), **sample}, 1.0)
@@ -6923,7 +6986,8 @@ def test_windows_lie_between_start_and_end(sample, windows, tmp_path):
 
 
 def test_clips_of_a_manifest_keep_their_fields(tmp_path):
-    line = {"video": str(tmp_path), "start": 1.0, "end": 2.0, "fps": 4, "boxes": [[0, 1, 1, 5, 5]]}
+    line = {"video": str(tmp_path), "start": 1.0, "end": 2.0, "fps": 4, "image": True,
+            "boxes": [[0, 1, 1, 5, 5]]}
     (tmp_path / "m.jsonl").write_text(json_lines({**line, "text": "a ring", "answer": "ring"}))
     assert eval.video_samples(tmp_path / "m.jsonl", ()) == [line]
 
