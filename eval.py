@@ -1661,12 +1661,8 @@ def profile(sizes: dict, batch: int, device: torch.device) -> None:
 
     sizes: fields of Config that differ from its defaults. batch: clips of a joint pass.
     """
-    configs = {name: {**sizes, **fields} for name, fields in VARIANTS.items()}
-    for temporal in typing.get_args(Temporal)[1:]:
-        configs[f"B {temporal}"] = {**sizes, "temporal": temporal}
     rows = []
-    for name, fields in configs.items():
-        config = Config(**fields)
+    for name, config in profiled_configs(sizes).items():
         with torch.device("meta"):
             model = AllInOne(config)
         row = {"model": name, "params M": count_parameters(model, heads=False) / 1e6,
@@ -1684,6 +1680,14 @@ def profile(sizes: dict, batch: int, device: torch.device) -> None:
          search_times(Config(**sizes), device), 1)]
     for title, rows, digits in tables:
         print_main(f"\n{title}\n", *table_lines(rows, digits), sep="\n")
+
+
+def profiled_configs(sizes: dict) -> dict[str, Config]:
+    """The models of --task profile: each variant, then B with each other exchange of frames."""
+    configs = {name: Config(**{**sizes, **fields}) for name, fields in VARIANTS.items()}
+    for temporal in typing.get_args(Temporal)[1:]:
+        configs[f"B {temporal}"] = Config(**{**sizes, "temporal": temporal})
+    return configs
 
 
 def retrieval_times(config: Config, device: torch.device) -> list[dict]:

@@ -6888,6 +6888,19 @@ def test_maps_of_words_sum_to_one(block, films, checkpoint, tmp_path):          
     assert torch.allclose(maps.sum((1, 2, 3)), torch.ones(4))
 
 
+@pytest.mark.parametrize("block", [0, 2])
+def test_the_map_of_a_filled_mask_is_that_of_its_word(block, films, checkpoint, tmp_path):
+    maps = []
+    text = "white [MASK] while red"
+    for _ in range(2):
+        result, = results_of("explain", [films / "0.mp4"], checkpoint, tmp_path / "r",
+                             "--block", block, "--text", text)
+        maps.append(torch.tensor(result["maps"]))
+        text = " ".join(result["words"])
+    assert "[MASK]" not in text
+    assert torch.allclose(maps[0], maps[1], atol=1e-5)
+
+
 @pytest.mark.parametrize("temporal", ["token_rolling", "flatten"])
 def test_a_map_is_the_attention_in_the_patches_own_frames(temporal, films, checkpoint, tmp_path):
     flags = ["--block", 2, "--text", "white ring while red", "--temporal", temporal]
@@ -6943,6 +6956,15 @@ def test_the_mean_attention_is_over_clips():
     mean, = eval.mean_blocks(results)
     assert mean == pytest.approx({**shares, "own": 0.3, "rolled": 0.1, "per_patch": 3.0,
                                   "frame 1": 0.3, "frame 1 rolled": 0.1})
+
+
+def test_the_sizes_asked_for_reach_each_model_that_is_profiled():            # Tab. 1, Tab. 9
+    configs = eval.profiled_configs({"frames": 8, "image_size": 96})
+    assert list(configs) == ["nano", "Ti", "S", "B", "L", "B time_average", "B channel_shift",
+                             "B flatten", "B timesformer", "B decoupled"]
+    for name, config in configs.items():
+        assert (config.frames, config.image_size) == (8, 96)
+        assert config.temporal == (name.partition(" ")[2] or "token_rolling")
 
 
 def test_images_stay_out_of_the_mean_attention(films, checkpoint):             # nothing rolls there
@@ -7222,9 +7244,10 @@ def test_a_map_is_summed_over_each_frame():
 
 
 def test_the_highest_value_of_a_map_is_yellow():
-    frames = torch.full((2, 3, 4, 4), 100)
-    early, late = eval.heated(frames, torch.tensor([[[0.0]], [[0.2]]]))
-    assert early[:, 0, 0].tolist() == [70, 70, 70] and late[:, 0, 0].tolist() == [255, 255, 0]
+    frames = torch.full((3, 3, 4, 4), 100)
+    heated = eval.heated(frames, torch.tensor([[[0.0]], [[0.1]], [[0.2]]]))  # of three frames
+    assert [frame[:, 0, 0].tolist() for frame in heated] == [
+        [70, 70, 70], [162, 162, 35], [255, 255, 0]]
 
 
 def test_a_mask_is_no_unknown_word(films, checkpoint):
@@ -7265,6 +7288,7 @@ def test_a_clip_that_became_unreadable_is_named(task, lines, checkpoint, tmp_pat
     with Image.open(tmp_path / f"{task}-1.png") as image:
         assert image.size[1] == 14 * len(lines) + 3 * (2 if task == "search" else 1)
 
+
 def test_letters_that_the_font_lacks_are_replaced():
     assert eval.drawable("Čech 中 ü") == "Cech ? ü"
 
@@ -7292,9 +7316,17 @@ def test_a_picture_names_its_file(films, checkpoint, tmp_path):
         assert (drawn == np.array(title)[:len(drawn)]).all()
 
 
-def test_curves_have_axes_from_zero_to_the_highest(tmp_path):
-    rows = [{"step": 10, "vtm": 0.7, "vtm_accuracy": 0.5, "lr": 1e-4},
-            {"step": 20, "vtm": 0.2, "vtm_accuracy": 0.9, "lr": 1e-4}]
+def test_a_loss_without_end_leaves_the_curve_alone(tmp_path):
+    rows = [{"step": 10, "vtm": 0.7}, {"step": 15, "vtm": math.inf}, {"step": 20, "vtm": 0.2}]
+    eval.save_curves(tmp_path / "with.png", rows)
+    eval.save_curves(tmp_path / "without.png", rows[::2])
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["vtm", "choice", "qa"])
+def test_curves_have_axes_from_zero_to_the_highest(name, tmp_path):
+    rows = [{"step": 10, name: 0.7, f"{name}_accuracy": 0.5, "lr": 1e-4},
+            {"step": 20, name: 0.2, f"{name}_accuracy": 0.9, "lr": 1e-4}]
     eval.save_curves(tmp_path / "curve.png", rows)
     with Image.open(tmp_path / "curve.png") as image:
         assert image.size == (960, 360)                        # losses, accuracies
