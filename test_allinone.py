@@ -2221,6 +2221,44 @@ def test_five_million_lines_are_indexed_once(tmp_path):
     assert os.stat(f"{path}.idx").st_mtime_ns == built
 
 
+def test_writers_of_one_file_do_not_meet(tmp_path):                # as several processes may be
+    with data.replacing(tmp_path / "m.idx") as one, data.replacing(tmp_path / "m.idx") as another:
+        one.write(b"one")
+        another.write(b"another")
+    assert (tmp_path / "m.idx").read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.idx"]
+
+
+def test_manifests_in_folders_that_are_read_only_have_an_index_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    manifests = []
+    for folder, lines in (("a", '{"video": "a"}\n{"video": "a long name"}\n'),
+                          ("b", '{"video": "another name"}\n{"video": "b"}\n')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "m.jsonl").write_text(lines)
+        manifests.append(Manifest(tmp_path / folder / "m.jsonl"))
+        assert not (tmp_path / folder / "m.jsonl.idx").exists()
+    assert [Path(manifest[1]["video"]).name for manifest in manifests] == ["a long name", "b"]
+
+
+def test_a_checksum_is_that_of_the_whole_file(tmp_path):
+    content = os.urandom(1000) + bytes(1 << 24)                    # above 16 MiB
+    (tmp_path / "m.jsonl").write_bytes(content)
+    assert data.checksum(tmp_path / "m.jsonl") == zlib.crc32(content)
+
+
+def test_columns_are_read_as_they_are_named_now(tmp_path):
+    (tmp_path / "t.csv").write_text("video,en,fr\na.mp4,a dog,un chien\n")
+    for column, text in (("en", "a dog"), ("fr", "un chien"), ("en", "a dog")):
+        assert Manifest(tmp_path / "t.csv", (f"text={column}",))[0]["text"] == text
+
+
+def test_clips_of_a_table_are_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "t.csv").write_text("video,text\na.mp4,a dog\n")
+    monkeypatch.chdir(tmp_path)
+    assert Manifest("t.csv")[0]["video"] == str(tmp_path / "a.mp4")
+
+
 def test_blank_lines_are_no_samples(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('\n{"video": "a"}\n\n \t\n{"video": "b"}\r\n{"video": "c"}\n\n \n')
@@ -2647,6 +2685,15 @@ def test_clips_of_a_shard_equal_those_of_files(tmp_path):
         assert torch.equal(stored[key]["video"], packed[key]["video"])
 
 
+def test_a_shard_that_was_cut_after_it_was_indexed_is_named(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a.txt": "x", "a.mp4": "0123456789"})
+    (sample,) = Manifest(shard)
+    source = data.source_of(sample)
+    os.truncate(shard, source.offset + source.size - 1)
+    with pytest.raises(Unreadable, match="0.tar: holds no a.mp4 of 10 bytes .* is cut off"):
+        data.check_place(source)
+
+
 @pytest.mark.parametrize("files", [
     {"b.mp4": "0123456789", "b.txt": "x"},                                # another name
     {"a.mp4": "01234567890", "a.txt": "x"},                               # another size
@@ -2711,6 +2758,23 @@ def test_visits_are_counted_from_the_runs_first():
     steps = micro_batches([50, 20], 2, 2, start=7)
     visits = [visit for step in steps for micro_batch in step for _, visit in micro_batch]
     assert visits == list(range(24 * 7, 24 * 40))
+
+
+@pytest.mark.parametrize("count", [64, 1000, 4096])
+def test_an_order_tells_nothing_of_another(count):
+    orders = []
+    for seed in (1, 2):
+        orders.append(np.array([shuffled(k, count, seed) for k in range(count)]))
+        assert abs(np.corrcoef(np.arange(count), orders[-1])[0, 1]) < 0.3
+    assert abs(np.corrcoef(*orders)[0, 1]) < 0.3
+
+
+def test_manifests_of_equal_length_are_read_in_orders_of_their_own():
+    read = {0: [], 1: []}
+    for step in micro_batches([48, 48], 1, 4, steps=8):
+        for sample in samples_in(step):
+            read[sample // 48].append(sample % 48)
+    assert read[0] != read[1]
 
 
 def test_an_epoch_visits_each_sample_once_in_new_order():
@@ -5473,14 +5537,15 @@ def test_a_run_whose_torchrun_is_gone_stops(trainer, monkeypatch):
     assert run.must_stop()
 
 
-def test_the_checkpoint_before_stays_beside_the_best(clips, tmp_path):
-    pretrain(clips, tmp_path, "--steps", 3, "--save_every", 1, "--val_every", 1, "--val",
-             clips / "choice.jsonl")
+def test_the_checkpoint_before_stays_beside_the_best(trainer):
+    run = trainer().run
+    for step, name in enumerate(["checkpoint.pt", "best.pt", "checkpoint.pt"], start=1):
+        run.state["step"] = step
+        run.save(name)
     steps = {}
-    for name in ("checkpoint", "checkpoint.previous"):
-        content = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        steps[name] = content["state"]["step"]
-    assert steps == {"checkpoint": 3, "checkpoint.previous": 2}
+    for path in run.folder.glob("*.pt"):
+        steps[path.name] = torch.load(path, weights_only=True)["state"]["step"]
+    assert steps == {"checkpoint.pt": 3, "checkpoint.previous.pt": 1, "best.pt": 2}
 
 
 def test_a_run_on_shards_resumes(clips, trainer, tmp_path):
