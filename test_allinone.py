@@ -1683,6 +1683,24 @@ def test_a_duration_is_measured_where_none_is_stored(kind, seconds, tmp_path):
     assert data.duration(sample) == pytest.approx(seconds, abs=0.05)
 
 
+def test_a_clip_lasts_as_long_as_its_pictures(tmp_path):
+    """Not as its sound, which goes on after the last picture."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        pictures = container.add_stream("libx264", rate=10)
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        for _ in range(10):                                    # 1 s
+            container.mux(pictures.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(pictures.encode())
+        for i in range(3):                                     # 3 s
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
+            samples.sample_rate, samples.pts = 16000, 16000 * i
+            container.mux(sound.encode(samples))
+        container.mux(sound.encode())
+    assert data.duration({"video": str(path)}) == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("fps, seconds", [(4, 0.5), (None, 0)])
 def test_a_folder_of_frames_lasts_as_its_rate_says(fps, seconds, tmp_path):
     for name in "12":
@@ -1805,10 +1823,11 @@ def test_images_of_a_folder_take_the_first_ones_size(tmp_path):
     assert decode(tmp_path, range).shape == (2, 3, 20, 40)
 
 
-def test_a_folder_without_a_rate_has_no_times(tmp_path):
+@pytest.mark.parametrize("start, end", [(0, 0.5), (0, None), (None, 0.5)])
+def test_a_folder_without_a_rate_has_no_times(start, end, tmp_path):
     picture(tmp_path / "1.png")
     with pytest.raises(Unreadable, match='give their rate as "fps"'):
-        decode(tmp_path, range, None, 0, 0.5)
+        decode(tmp_path, range, None, start, end)
 
 
 def iso_box(kind: bytes, *parts: bytes) -> bytes:
@@ -2016,6 +2035,16 @@ def broken(tmp_path_factory) -> Path:
 def test_what_cannot_be_read_is_named_with_a_reason(name, reason, broken):
     with pytest.raises(Unreadable, match=f"{name}: .*{reason}"):
         decode(broken / name, range, 32)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("kind", ["a.mkv g=10", "a.webm codec=libvpx g=10"])
+def test_a_film_without_its_end_is_no_whole_film(kind, share, tmp_path):
+    path = film_of(tmp_path, f"{kind} rate=5 n=200")           # 40 s
+    assert len(decode(path, range)) == 200
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(Unreadable, match="truncated"):
+        decode(path, range)
 
 
 def damage(path: Path, number: int, zeros: bool = False) -> Path:
@@ -2812,8 +2841,10 @@ def test_samples_of_uneven_epochs_are_visited_equally_often():
     ([50, 20], 24, (), [18, 12]),              # 4 micro-batches: at most 3 of one, 2 of the other
     ([50, 20], 24, (1, 3), [6, 18])])
 def test_the_clips_of_a_step_are_foretold(sizes, batch, shares, expected):
-    sampler = BatchSampler(sizes, batch, 3, accumulation_steps=4, shares=shares)
-    assert sampler.clips_per_step() == expected
+    for world in (1, 2, 4):
+        sampler = BatchSampler(sizes, batch, 3, 0, world, accumulation_steps=4 // world,
+                               shares=shares)
+        assert sampler.clips_per_step() == expected
     most = [0] * len(sizes)
     for step in micro_batches(sizes, 1, 4, batch, steps=500, shares=shares):
         of_first = sum(sample < sizes[0] for sample in samples_in(step))
@@ -3243,6 +3274,35 @@ def test_lines_of_a_clip_are_one_gallery_entry(tmp_path, capsys):
     assert clips.manifest.names == [str(tmp_path / "m.jsonl")]
 
 
+def test_windows_of_a_film_are_clips_of_their_own(tmp_path):
+    lines = [{"start": 1, "end": 2, "text": "a"}, {"start": 1, "end": 3, "text": "b"},
+             {"start": 0, "end": 2, "text": "c"}, {"start": 1, "end": 2, "text": "d"}]
+    clips = clips_of(tmp_path, lines, "retrieval", train=False)
+    assert [sample["texts"] for sample in clips.manifest] == [["a", "d"], ["b"], ["c"]]
+
+
+def test_members_of_a_shard_are_clips_of_their_own(tmp_path):
+    whole = film(tmp_path / "a.mp4", "n=12 w=48 h=40").read_bytes()
+    shard = write_shard(tmp_path / "0.tar", {"a.mp4": whole, "a.txt": "a dog", "b.mp4": whole,
+                                             "b.txt": "a man"})
+    clips = Clips(Manifest(shard), Tokenizer.train(WORDS, 200), "retrieval", 3, 32, 40, False)
+    assert len(clips) == 2
+    assert len({clips[i, 0]["clip_id"] for i in range(2)}) == 2
+
+
+def test_columns_are_kept_where_another_manifest_is_merged(tmp_path):
+    lines = {"a.jsonl": [{"video": "a.mp4", "text": "a dog", "fr": "un chien"},
+                         {"video": "a.mp4", "text": "a man", "fr": "un homme"}],
+             "b.jsonl": [{"video": "b.mp4", "text": "rice", "fr": "du riz"}]}
+    for name, samples in lines.items():
+        (tmp_path / name).write_text(json_lines(*samples))
+    manifest = Manifest([tmp_path / name for name in lines], ("text=fr",))
+    gallery = data.one_line_per_clip(manifest)
+    assert [sample.get("texts") or [sample["text"]] for sample in gallery] == [
+        ["un chien", "un homme"], ["du riz"]]
+    assert gallery.columns == manifest.columns
+
+
 def test_a_gallery_of_one_line_a_clip_stays_as_it_is(tmp_path, capsys):
     clips = clips_of(tmp_path, GALLERY[:2], "retrieval", train=False)
     assert clips.manifest.paths == [tmp_path / "m.jsonl"] and not capsys.readouterr().err
@@ -3322,6 +3382,16 @@ def test_a_short_window_is_widened_to_four_seconds(window, expected, tmp_path):
 WINDOWS = {"captions": [[0, 4, "a dog"], [6, 10, "a man"]]}
 
 
+def test_captions_follow_from_seed_and_visit_alone(tmp_path):
+    clips = clips_of(tmp_path, [{"texts": WORDS}])
+    captions = []
+    for process in range(2):
+        random.seed(process)                                     # each process has its own
+        torch.manual_seed(process)
+        captions.append([clips[0, visit]["caption"] for visit in range(20)])
+    assert captions[0] == captions[1]
+
+
 def test_training_draws_a_window_with_its_caption(tmp_path):     # HowTo100M
     clips = clips_of(tmp_path, [WINDOWS])
     read = set()
@@ -3333,7 +3403,7 @@ def test_training_draws_a_window_with_its_caption(tmp_path):     # HowTo100M
 
 def test_only_the_captions_window_is_read(tmp_path):
     film(tmp_path / "a.mp4", "n=300 w=48 h=40 g=30")             # 10 s
-    lines = [{"captions": [[6, 10, "a"]]}, {"start": 6, "end": 10, "text": "a"}, "a"]
+    lines = [{"captions": [[2, 6, "a"]]}, {"start": 2, "end": 6, "text": "a"}, "a"]
     clips = clips_of(tmp_path, lines, train=False)
     of_caption, of_line, whole = (clips[i, 0]["video"] for i in range(3))
     assert torch.equal(of_caption, of_line) and not torch.equal(of_caption, whole)
