@@ -2319,6 +2319,13 @@ MAX_SKIPS = 100         # unreadable lines in a row after which training cannot 
 READ_AHEAD = 1 << 30    # bytes of pixels that a process reads ahead of the batch in use, at most
 
 
+def usable_cores() -> int:
+    """How many CPU cores this process may use: in a job perhaps fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):            # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Readers:
     """Calls `function` in processes that may die or hang. Each call is answered or Unreadable.
 
@@ -2754,7 +2761,7 @@ def check(manifest: str | Path, workers: int | None = None, timeout: float = 60,
     Without --workers a process reads on each CPU core that this one may use.
     """
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = usable_cores()
     source = Manifest(manifest, columns)
     readers = Readers(examine, workers, timeout)
     count_tokens = token_counter(vocab)

@@ -3075,6 +3075,14 @@ def test_pairs_are_drawn_within_groups_of_neighbours(tmp_path):  # Sec. 3.3, VTM
     assert 0 < batch["vtm_labels"].sum() < 16
 
 
+def test_another_seed_draws_other_pairs(tmp_path):
+    clips = many_clips(tmp_path)
+    items = [clips[i, i] for i in range(16)]
+    partners = [collate(items, replace(clips, seed=seed))["vtm_video"].tolist()
+                for seed in (0, 0, 1)]
+    assert partners[0] == partners[1] != partners[2]
+
+
 def test_two_processes_draw_the_pairs_of_one(tmp_path):
     clips = many_clips(tmp_path)
     items = [clips[i, i] for i in range(16)]
@@ -3593,6 +3601,33 @@ def test_a_reader_ends_with_its_trainer():
     assert process.exitcode == 0
 
 
+def test_a_closed_reader_starts_no_process():
+    readers = data.Readers(time.sleep, 1, timeout=1)
+    readers.closed = True                    # as when the loop that reads ends early
+    with pytest.raises(Unreadable, match="reading has ended"):
+        readers(0.0)
+    assert not readers.processes
+
+
+@on_linux
+def test_only_cores_of_the_job_are_used(faulty, monkeypatch):
+    cores = os.sched_getaffinity(0)
+    started = []
+
+    class Recorded(data.Readers):
+        def __init__(self, function, workers, timeout):
+            started.append(workers)
+            super().__init__(function, 0, timeout)
+
+    monkeypatch.setattr(data, "Readers", Recorded)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        data.check(faulty)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert started == [1]
+
+
 def killed_at_its_start(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -3729,6 +3764,12 @@ def test_the_data_doctor_names_every_fault(faulty):
     for fault, details in data.check(faulty, workers=1, timeout=30).items():
         found[fault] = [int(re.match(r".*?m\.jsonl:(\d+)", detail)[1]) for detail in details]
     assert found == expected
+
+
+def test_the_data_doctor_names_paths_that_are_no_utf_8(tmp_path, capsys):
+    (tmp_path / "m.jsonl").write_text('{"video": "a\\udcff.mp4", "text": "a dog"}\n')
+    assert list(data.check(tmp_path / "m.jsonl", workers=0)) == ["missing file"]
+    assert "a\\udcff.mp4: no such file" in capsys.readouterr().out
 
 
 def test_the_data_doctor_goes_on_after_a_bad_row(tmp_path):
@@ -3890,6 +3931,24 @@ def test_a_split_of_the_toy_set_has_these_manifests(tmp_path):
         assert clips[0, 0]["video"].shape == ((1 if "image" in name else 3), 3, 32, 32)
     captions = [sample["text"] for sample in lines["val.jsonl"]]
     assert len(set(captions)) == 16 and len(set(captions[::2])) > 8      # both wordings
+
+
+@pytest.fixture
+def small_toy(monkeypatch, tmp_path) -> Path:
+    """A toy set of four clips a split."""
+    monkeypatch.setattr(data, "SPLITS", {"train": 4, "val": 4, "test": 4})
+    return data.toy(tmp_path / "toy")
+
+
+def test_no_toy_clip_stands_in_two_splits(small_toy):
+    contents = [path.read_bytes() for path in small_toy.glob("clips/*.mp4")]
+    assert len(contents) == len(set(contents)) == 12
+
+
+def test_another_seed_is_another_toy_set(small_toy):
+    assert data.toy(small_toy, seed=0) == small_toy
+    with pytest.raises(DataError, match="is another toy set or none"):
+        data.toy(small_toy, seed=1)
 
 
 def test_the_toy_set_replaces_no_other_folder(tmp_path):
@@ -4566,6 +4625,11 @@ def test_what_is_wrong_is_said(name, notes, annotations, message, converted, tmp
         converted(name, notes, ["x.mp4", "video1.mp4"], annotations)
     assert "\n" not in str(error.value)
     assert not {path.name for path in tmp_path.glob("out/*")} - {"train.jsonl"}
+
+
+def test_keys_behind_long_values_are_seen(tmp_path):           # of VCR and COCO
+    (tmp_path / "a.json").write_text(json.dumps([{"objects": "person " * 5000, "question": 1}]))
+    assert data.columns_of(str(tmp_path / "a.json")) == {"objects", "question"}
 
 
 @pytest.mark.parametrize("videos, message", [
