@@ -326,6 +326,13 @@ def test_temporal_modelling_adds_no_parameter(temporal):                     # "
     assert build(temporal=temporal).state_dict().keys() == without.keys()
 
 
+@pytest.mark.parametrize("variant, width, depth, heads", [           # Tab. 1, L: App. A
+    ("Ti", 192, 12, 3), ("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16)])
+def test_variants_are_those_of_vit(variant, width, depth, heads):
+    config = Config(**VARIANTS[variant])
+    assert (config.width, config.depth, config.heads) == (width, depth, heads)
+
+
 @pytest.mark.parametrize("temporal", ["timesformer", "decoupled"])           # App. B.1
 def test_factorized_attention_starts_as_a_no_op(temporal):
     plain = build(temporal="time_average")
@@ -340,6 +347,17 @@ def test_an_image_has_no_time(temporal):
     image = model(clip(S=1), words()).pooled
     model.temporal_embed = None
     assert torch.equal(image, model(clip(S=1), words()).pooled)
+
+
+@pytest.mark.parametrize("temporal", get_args(Temporal))
+def test_images_reach_every_parameter_that_clips_reach(temporal):      # several processes wait for it
+    reached = []
+    for S in (3, 1):
+        model = build(temporal=temporal, temporal_position=True)
+        model(clip(S=S), words()).pooled.sum().backward()
+        reached.append({name for name, p in model.named_parameters() if p.grad is not None})
+    assert reached[0] == reached[1]
+    assert model.temporal_embed.grad.eq(0).all()
 
 
 @pytest.mark.parametrize("temporal", ["token_rolling", "channel_shift", "flatten"])
@@ -4231,6 +4249,15 @@ def test_the_commonest_training_answers_are_classes(name, published, size, row, 
     assert listed == ["common", "rare", *map(str, range(size - 2))]          # ties: by appearance
 
 
+def test_answers_count_for_clips_that_are_not_there_too(converted):
+    rows = [{**MSVD_QUESTION, "video_id": 1, "answer": "man"}]
+    rows += 2 * [{**MSVD_QUESTION, "video_id": 2, "answer": "dog"}]
+    manifests = converted("msvd_qa", {"train_qa.json": rows, "youtube_mapping.txt": "a_1_2 vid1\n"},
+                          ["vid1.avi"])
+    assert [sample["answer"] for sample in manifests["train"]] == ["man"]
+    assert manifests["answers"] == ["dog", "man"]
+
+
 def test_msvd_splits_by_the_mappings_numbers(converted):
     notes = {"AllVideoDescriptions.txt": "# a remark\n\nab_1_2 a man, who sings\nab_1_2 a singer\n"
                                          "c_0_9 a dog\nd_0_1 a cow\ne_0_1 gone\nf_0_1 no number\n",
@@ -4500,6 +4527,8 @@ def test_shards_with_copies_count_once(converted):
                      "b/val_1.json": {"v_QOl": {"timestamps": [], "sentences": ["B."]}}}),
     ("msrvtt_full", {"a/test_videodatainfo.json": msrvtt_notes("video9998"),
                      "b/test_videodatainfo.json": msrvtt_notes("video9999")}),
+    ("webvid", {"results_10M_val.csv": "videoid,page_dir,name\n7,p,a car\n",
+                "results_2M_val.csv": "videoid,page_dir,name\n8,p,a dog\n"}),
     ("hmdb51", {"a/run_test_split1.txt": "a.avi 1\n", "b/run_test_split1.txt": "a.avi 2\n"})])
 def test_different_files_of_a_split_are_refused(name, notes, converted):
     with pytest.raises(DataError, match=" and .*".join(notes)):
@@ -4625,6 +4654,14 @@ def test_what_is_wrong_is_said(name, notes, annotations, message, converted, tmp
         converted(name, notes, ["x.mp4", "video1.mp4"], annotations)
     assert "\n" not in str(error.value)
     assert not {path.name for path in tmp_path.glob("out/*")} - {"train.jsonl"}
+
+
+def test_the_help_of_convert_names_each_data_set_and_its_files(capsys):
+    with pytest.raises(SystemExit):
+        data.main(["convert", "--help"])
+    printed = capsys.readouterr().out
+    for name, dataset in data.DATASETS.items():
+        assert f"  {name}: {dataset.expected()}" in printed
 
 
 def test_keys_behind_long_values_are_seen(tmp_path):           # of VCR and COCO
