@@ -544,8 +544,9 @@ def test_a_mask_of_integers_is_a_mask_of_bools():
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
-        model = build().train()
+        model = build(dropout=0.5, drop_path=0.5).train()      # drawn alike in both passes
         model.activation_checkpointing = checkpointing
+        torch.manual_seed(0)
         model(clip(), words(), torch.arange(8)[None] < 5).pooled.sum().backward()
         gradients.append(model.blocks[0].attn.qkv.weight.grad)
     assert torch.equal(gradients[0], gradients[1])
