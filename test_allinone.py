@@ -341,6 +341,20 @@ def test_factorized_attention_starts_as_a_no_op(temporal):
     close(model(clip(), words()).pooled, plain(clip(), words()).pooled, atol=1e-6)
 
 
+@pytest.mark.parametrize("distilled", [False, True])                         # DeiT's second token
+@pytest.mark.parametrize("frames", [1, 3])
+def test_attention_over_time_is_that_of_patches(frames, distilled):          # Tab. 9, Fig. 8
+    model = build(temporal="timesformer", distilled=distilled)
+    specials = model.num_special
+    with torch.no_grad():
+        model.factorized[0].space["last"].weight.zero_()
+        model.factorized[0].space["last"].bias.zero_()
+        z = torch.randn(frames, 8 + specials + 16, 32)
+        mixed = model.mix_frames(z, frames, text_length=8, layer=1)
+    moved = (mixed - z).abs().amax((0, 2)) > 1e-4
+    assert moved.tolist() == (8 + specials) * [False] + 16 * [True]
+
+
 @pytest.mark.parametrize("temporal", get_args(Temporal))
 def test_an_image_has_no_time(temporal):
     model = build(temporal=temporal, temporal_position=True)
@@ -1026,6 +1040,24 @@ def test_a_pretraining_batch_masks_words_and_pairs_clips():
     assert (ids[batch["vtm_video"]] != ids).any(1).logical_or(own).all()     # else another text
     losses = compute_losses(build(vocab_size=12), batch, ["vtm", "mlm", "vtc"])
     assert all(loss.mean.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_a_pretraining_batch_masks_pieces_or_words(whole_words):
+    ids = MANY[:200]
+    batch = pretraining_batch(torch.zeros(200, 1), ids, ids != 0, VOCABULARY, whole_words,
+                              torch.Generator().manual_seed(1))
+    chosen = torch.zeros(200 * 8, dtype=torch.bool)
+    chosen[batch["mlm_positions"][batch["mlm_labels"] >= 0]] = True
+    dog, s = chosen.view(200, 8)[:, 2:4].T                       # the pieces of "dogs"
+    assert torch.equal(dog, s) == whole_words
+
+
+def test_a_text_without_words_is_aligned_with_nothing():
+    distance, plan = word_patch_transport(torch.randn(1, 4, 8), torch.randn(1, 4, 8),
+                                          torch.tensor([[True, True, False, False]]))
+    assert distance.tolist() == [0.0]
+    assert plan.isfinite().all()
 
 
 def test_transport_moves_all_mass_between_words_and_patches():               # Sec. 4.6, IPOT
@@ -6203,6 +6235,12 @@ def run_eval(task, files, weights, *flags, code=0) -> str:
     source = "--data" if task in eval.MANIFEST_TASKS else "--video"
     return run(eval, "--task", task, source, *files, "--checkpoint", weights, "--workers", 0,
                *flags, code=code)
+
+
+def test_json_goes_to_a_new_folder(films, checkpoint, tmp_path):
+    saved = tmp_path / "new" / "folder" / "r.jsonl"
+    run_eval("match", [films / "0.mp4"], checkpoint, "--text", "a ring", "--json", saved)
+    assert len(lines_of(saved)) == 1
 
 
 def results_of(task, files, weights, saved, *flags) -> list[dict]:
