@@ -5207,16 +5207,102 @@ def test_processes_and_micro_batches_change_nothing(
         close(tensor, other, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("flag, differs", [
-    ("--seed 1", lambda one: one.clips[0, 0]["video"].tolist()),
-    ("--seed 1", lambda one: one.fetch(one.stream())[0].source_lines),
-    ("--activation_checkpointing", lambda one: one.model.activation_checkpointing),
-    ("--resize paper", lambda one: one.clips[0, 0]["video"].tolist()),
-    ("--no-boxes", lambda one: one.clips.boxes),
-    ("--whole_words", lambda one: one.clips.whole_words)])
-def test_a_flag_changes_what_is_trained(flag, differs, trainer):
-    assert differs(trainer()) == differs(trainer())
-    assert differs(trainer()) != differs(trainer(*flag.split()))
+def pixels(one) -> list:
+    return one.clips[0, 0]["video"].tolist()
+
+
+def lines_of_a_step(one) -> list[str]:
+    return one.fetch(one.stream())[0].source_lines
+
+
+def groups(one) -> list[tuple]:
+    """(learning rate's factor, weight decay, betas) of each group of the optimiser."""
+    return [(group["factor"], group["weight_decay"], group["betas"])
+            for group in one.optimizer.param_groups]
+
+
+def trained_line(one) -> dict:
+    """The line of the log of a single step."""
+    one.run.terminated = True                                  # stops after it
+    one.train()
+    return records(one.run.folder)[0]
+
+
+def checkpoints(one) -> set[str]:
+    """Names of the run's checkpoints, once it has ended."""
+    one.train()
+    return {path.name for path in one.run.folder.glob("*.pt")}
+
+
+TWO = "--data {clips}/train.jsonl {clips}/images.jsonl "
+QA = "--task qa --objectives qa --data {clips}/qa.jsonl "
+RANK = "--task retrieval --objectives rank --data {clips}/retrieval.jsonl "
+SCORED = "--steps 2 --val {clips}/choice.jsonl "
+
+EFFECTS = {  # a flag of training: (the other flags, its own, what it changes)
+    "task": ("", QA, lambda one: one.clips.task),
+    "data": ("", TWO, lambda one: one.clips.manifest.names),
+    "init": ("", "--init {whole_run}/checkpoint.pt", lambda one: one.model.cls_token.tolist()),
+    "out": ("", "--out {tmp_path}/another", lambda one: one.run.folder),
+    "val": ("", SCORED, lambda one: [scoring.data for scoring in one.eval_configs]),
+    "batch": ("", "--batch 4", lambda one: len(lines_of_a_step(one))),
+    "steps": ("", "--steps 5", lambda one: one.steps),
+    "lr": ("", "--lr 1e-4", lambda one: trained_line(one)["lr"]),
+    "objectives": ("", "--objectives mlm", lambda one: trained_line(one).keys()),
+    "batch_per_gpu": ("", "--batch_per_gpu 4", lambda one: len(lines_of_a_step(one))),
+    "mix": (TWO + "--batch 32 --batch_per_gpu 8", "--mix 1 3",
+            lambda one: [batch.manifest for batch in one.fetch(one.stream())]),
+    "columns": ("", "--columns text=video", lambda one: one.clips[0, 0]["caption"]),
+    "vocab": ("", "--vocab {tmp_path}/vocab.txt", lambda one: one.tokenizer.vocab_size),
+    "val_every": (SCORED + "--save_every 1", "--val_every 1", checkpoints),
+    "precision": ("", "--precision bf16", lambda one: one.autocast().fast_dtype),
+    "compile": ("", "--compile", lambda one: one.losses._compiled_call_impl is None),
+    "activation_checkpointing": ("", "--activation_checkpointing",
+                                 lambda one: one.model.activation_checkpointing),
+    "freeze": ("", "--freeze blocks.1", lambda one: len(one.trained)),
+    "head_lr": (QA, "--head_lr 10", groups),
+    "warmup": ("", "--warmup 6", lambda one: trained_line(one)["lr"]),
+    "weight_decay": ("", "--weight_decay 0.5", groups),
+    "beta2": ("", "--beta2 0.9", groups),
+    "false_captions": (RANK, "--false_captions 2", lambda one: len(one.clips[0, 0]["options"])),
+    "whole_words": ("", "--whole_words", lambda one: one.clips.whole_words),
+    "resize": ("", "--resize paper", pixels),
+    "boxes": ("", "--no-boxes", lambda one: one.clips.boxes),
+    "seed": ("", "--seed 1", pixels),
+    "log_every": ("--steps 100", "--log_every 2", lambda one: one.progress.every),
+    "save_every": ("--steps 2", "--save_every 1", checkpoints)}
+
+ELSEWHERE = {  # flags whose effect other tests show
+    "epochs": "flags_of_steps_replace_epochs", "recipe": "the_releases_recipe_is_selected_whole",
+    "variant": "a_variant_has_its_width", "workers": "training_gives_a_clip_up_after_the_timeout",
+    "timeout": "training_gives_a_clip_up_after_the_timeout"}
+
+
+def test_the_effect_of_every_flag_of_training_is_tested():
+    assert EFFECTS.keys() | ELSEWHERE.keys() == set(train.TrainConfig.__dataclass_fields__)
+    for name in ELSEWHERE.values():
+        assert f"test_{name}" in globals()
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_a_flag_changes_what_is_trained(name, trainer, clips, whole_run, tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    paths = {"clips": clips, "whole_run": whole_run, "tmp_path": tmp_path}
+    *flags, effect = EFFECTS[name]
+    without, with_flag = [text.format(**paths).split() for text in flags]
+    effects = []
+    for number, added in enumerate(([], [], with_flag)):
+        one = trainer("--out", tmp_path / str(number), *without, *added)
+        effects.append(effect(one))
+    if name == "out":
+        assert effects[2] == tmp_path / "another"
+        return
+    assert effects[0] == effects[1] != effects[2]
+
+
+def test_another_seed_reads_other_lines(trainer):
+    assert lines_of_a_step(trainer()) != lines_of_a_step(trainer("--seed", 1))
 
 
 def test_a_seed_has_its_own_weights(trainer):
