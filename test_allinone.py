@@ -6738,7 +6738,7 @@ def test_two_processes_find_what_one_finds(task, flags, count, drawn, films, che
     assert pictures[0] == pictures[1] and len(pictures[0]) == drawn
 
 
-@pytest.mark.parametrize("task, flags, message", [
+EVAL_EFFECTS = [  # (task, a flag that changes its results, what the report then says)
     ("choice", "--no-boxes", ""), ("choice", "--order reversed", "--order reversed"),
     ("choice", "--order shuffled", "--order shuffled"),
     ("choice", "--order first", "--order first"),
@@ -6752,12 +6752,42 @@ def test_two_processes_find_what_one_finds(task, flags, count, drawn, films, che
     ("retrieval", "--no-roll_unimodal", ""), ("retrieval", "--rerank 3", "--rerank 3"),
     ("choice", "--bootstrap 20", "["), ("pretrain", "--objectives mlm", ""),
     ("fill", "--blind", ""), ("explain", "--block 1", ""), ("search", "--window 1", ""),
-    ("search", "--top 2", ""), ("search", "--rerank 3", "")])
+    ("search", "--top 2", ""), ("search", "--rerank 3", ""),
+    ("choice", "--columns options=others", "")]
+
+EVAL_ELSEWHERE = {  # flags whose effect other tests show, or of which there must be none
+    "task": "every_task_has_a_score", "data": "a_report_names_what_is_unreadable",
+    "video": "a_table_of_clips_has_columns", "checkpoint": "a_missing_checkpoint_names_its_run",
+    "text": "ask_gives_the_likeliest_answers", "json": "json_goes_to_a_new_folder",
+    "out": "a_picture_names_its_file", "batch": "results_do_not_depend_on_the_batch",
+    "workers": "results_do_not_depend_on_the_reading_processes",
+    "vocab": "a_released_baseline_has_the_same_vocabulary",
+    "baseline": "a_baseline_reads_the_same_clips", "index": "a_stored_index_answers_as_a_fresh_one"}
+
+
+def test_the_effect_of_every_flag_of_evaluation_is_tested():
+    names = set()
+    for _, flags, _ in EVAL_EFFECTS:
+        names.add(flags.split()[0].removeprefix("--").removeprefix("no-"))
+    expected = {*eval.EvalConfig.__dataclass_fields__, *eval.MODEL_FLAGS}
+    assert names | EVAL_ELSEWHERE.keys() == expected
+    for name in EVAL_ELSEWHERE.values():
+        assert f"test_{name}" in globals()
+
+
+def test_results_do_not_depend_on_the_reading_processes(films, checkpoint, tmp_path):
+    results = [results_of("choice", [films / "choice.jsonl"], checkpoint, tmp_path / "r",
+                          "--workers", workers) for workers in (0, 1)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("task, flags, message", EVAL_EFFECTS)
 def test_every_flag_changes_what_is_scored(task, flags, message, films, checkpoint, tmp_path):
     """The observable is --json, and for what is only printed, the report."""
     video = film(tmp_path / "wide.mp4", "n=40 w=96 h=64")
     sample = {"video": str(video), "text": "white ring", "options": ["white ring", "black square"],
-              "texts": ["white ring while red turns green"], "answer": 0}
+              "others": ["a square", "white ring"], "texts": ["white ring while red turns green"],
+              "answer": 0}
     lines = [{**sample, "boxes": [[0, 8, 8, 60, 50]]}, sample, {**sample, "start": 0.5}]
     if flags != "--no-boxes":
         del lines[0]["boxes"]
