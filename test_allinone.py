@@ -3560,6 +3560,17 @@ def test_a_stand_in_is_read_as_on_its_own_visit(tmp_path):
     assert not torch.equal(item["video"], clips[1, 0]["video"])
 
 
+def test_a_stand_in_is_of_the_same_manifest(tmp_path):
+    film(tmp_path / "a.mp4", "n=12 w=48 h=40")
+    for name, last in (("a", "gone.mp4"), ("b", "a.mp4")):
+        lines = [{"video": video, "text": name} for video in ("a.mp4", last)]
+        (tmp_path / f"{name}.jsonl").write_text(json_lines(*lines))
+    manifest = Manifest([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    clips = Clips(manifest, Tokenizer.train(WORDS, 200), "pretrain", 3, 32, 40, train=True)
+    reader = data.ItemReader(clips, data.Readers(partial(data.read_item, clips), 0, 9))
+    assert reader((1, 0))["source_line"] == f"{tmp_path}/a.jsonl:1"
+
+
 @pytest.fixture(scope="module")
 def deadly(tmp_path_factory):
     """Batches of lines 1 to 3 and 4 to 6, each read twice, and how often each line was tried."""
