@@ -364,7 +364,7 @@ def test_an_image_has_no_time(temporal):
 
 
 @pytest.mark.parametrize("temporal", get_args(Temporal))
-def test_images_reach_every_parameter_that_clips_reach(temporal):      # several processes wait for it
+def test_images_reach_every_parameter_that_clips_reach(temporal):      # processes wait for it
     reached = []
     for S in (3, 1):
         model = build(temporal=temporal, temporal_position=True)
