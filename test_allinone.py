@@ -381,6 +381,19 @@ def test_an_image_is_read_without_any_exchange(temporal):
     assert torch.equal(model(clip(S=1), words()).pooled, plain(clip(S=1), words()).pooled)
 
 
+def test_a_shorter_clip_has_the_first_positions():                           # Eq. 1
+    model = build(temporal_position=True)
+    torch.nn.init.normal_(model.temporal_embed)
+    close(model.embed_video(clip()[:, :2]), model.embed_video(clip())[:, :2])
+
+
+def test_channel_shift_leaves_the_text_alone():                              # Tab. 8a
+    z = torch.randn(3, 8 + 17, 32)
+    mixed = build(temporal="channel_shift").mix_frames(z, frames=3, text_length=8, layer=1)
+    assert torch.equal(mixed[:, :8], z[:, :8])
+    assert not torch.equal(mixed[:, 8:], z[:, 8:])
+
+
 @pytest.mark.parametrize("temporal", get_args(Temporal))
 @pytest.mark.parametrize("frames", [2, 8, 16])                               # Fig. 9
 def test_any_number_of_frames_gives_the_same_shapes(temporal, frames):
@@ -919,6 +932,14 @@ def test_candidates_are_scored_by_their_matched_logit():                     # S
     assert scores[1, 1] == -torch.inf                            # that clip has one option
 
 
+@pytest.mark.parametrize("head, rates", [("paper", []), ("linear", []), ("release", [0.5])])
+def test_only_the_releases_answer_head_drops_out(head, rates):
+    model = build(answers=3, answer_head=head, dropout=0.1)
+    dropouts = [module.p for module in model.answer_head.modules()
+                if isinstance(module, torch.nn.Dropout)]
+    assert dropouts == rates
+
+
 def test_answers_are_scored_on_the_pooled_cls():                             # Sec. 4.2.1
     model, batch = build(**TASKS_MODEL), objective_batch()
     pooled = model(batch["video"], batch["text_ids"]).pooled
@@ -1058,6 +1079,12 @@ def test_a_text_without_words_is_aligned_with_nothing():
                                           torch.tensor([[True, True, False, False]]))
     assert distance.tolist() == [0.0]
     assert plan.isfinite().all()
+
+
+def test_the_plan_of_transport_has_no_gradient():
+    text = torch.randn(1, 6, 8, requires_grad=True)
+    distance, plan = word_patch_transport(text, torch.randn(1, 4, 8), torch.ones(1, 6) > 0)
+    assert distance.requires_grad and not plan.requires_grad
 
 
 def test_transport_moves_all_mass_between_words_and_patches():               # Sec. 4.6, IPOT
@@ -4954,6 +4981,14 @@ def test_without_data_toy_clips_are_trained():
     assert fields["image_size"] == 48
 
 
+@pytest.mark.parametrize("task, steps, batch", [
+    ("pretrain", 2400, 16), ("retrieval", 300, 8), ("choice", 200, 16), ("qa", 200, 16),
+    ("probe", 600, 16)])
+def test_toy_tasks_have_recipes_of_their_own(task, steps, batch):
+    config, _, _ = train.configure(["--task", task])
+    assert (config.steps, config.batch, config.epochs) == (steps, batch, 0)
+
+
 FIRST_FLAGS = "task data init out val batch steps epochs lr workers".split()
 
 
@@ -5672,6 +5707,26 @@ def test_speed_is_that_since_the_last_line(trainer):
     assert late["data_wait"] == 0
 
 
+def test_the_memory_of_a_process_is_in_gigabytes(trainer):
+    one = trainer()
+    one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, 1.0, lr=0.1, unreadable=[])
+    assert 0.1 < records(one.run.folder)[0]["memory_gb"] < 100
+
+
+def test_a_mean_over_manifests_is_one_over_clips(trainer, clips):
+    one = trainer("--data", clips / "train.jsonl", clips / "images.jsonl")
+    sums = {"clips": torch.tensor([[6.0, 0.0], [2.0, 0.0]]),
+            "vtm": torch.tensor([[3.0, 6.0], [3.0, 2.0]])}
+    one.progress.end_step(sums, 1.0, lr=0.1, unreadable=[])
+    assert records(one.run.folder)[0]["vtm"] == 6 / 8
+
+
+def test_mfu_is_a_share_of_all_devices(trainer, monkeypatch):
+    monkeypatch.setitem(train.PEAKS, "CPU", 1e12)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    assert trainer().progress.peak == 2e12
+
+
 def test_waiting_for_clips_adds_up(trainer):
     one = trainer()
     one.progress.data_wait = 5.0
@@ -5684,7 +5739,9 @@ def test_a_loss_is_logged_for_manifests_that_were_read(trainer, clips):
     sums = {"clips": torch.tensor([[8.0, 0.0], [0.0, 0.0]]),
             "vtm": torch.tensor([[4.0, 8.0], [0.0, 0.0]])}
     one.progress.end_step(sums, 1.0, lr=0.1, unreadable=[])
-    films, images = records(one.run.folder)[0]["manifests"].values()
+    record = records(one.run.folder)[0]
+    assert record["vtm"] == 0.5                                # of all clips alike
+    films, images = record["manifests"].values()
     assert films == {"clips": 8, "unreadable": 0, "vtm": 0.5}
     assert images == {"clips": 0, "unreadable": 0}
 
@@ -5705,6 +5762,18 @@ def test_samples_show_which_clip_a_text_meets(trainer):
         one.save_samples(micro_batch)
         pictures.append((one.run.folder / "samples.png").read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_samples_show_no_option_that_a_clip_lacks(trainer, clips):
+    one = trainer("--task", "choice", "--objectives", "choice", "--data", clips / "choice.jsonl")
+    micro_batch = one.fetch(one.stream())[0]
+    micro_batch.tensors["option_mask"][:, 1] = False
+    pictures = []
+    for word in (5, 6):
+        micro_batch.tensors["option_ids"][:, 1] = word
+        one.save_samples(micro_batch)
+        pictures.append((one.run.folder / "samples.png").read_bytes())
+    assert pictures[0] == pictures[1]
 
 
 def test_samples_show_what_the_model_is_fed(whole_run):
@@ -6045,6 +6114,12 @@ def test_a_folder_serves_one_run_at_a_time(clips, whole_run, tmp_path):
         assert "another process is training into it" in pretrain(clips, out, code=1)
 
 
+def test_a_run_locks_its_folder(trainer):
+    one = trainer()
+    with pytest.raises(DataError, match="another process is training into it"):
+        train.Run(one.run.folder)
+
+
 @pytest.mark.parametrize("change, lines", [
     (lambda lines: lines[::-1], 24), (lambda lines: lines[:20], 20)])
 def test_other_data_are_another_run(change, lines, clips, tmp_path):
@@ -6239,6 +6314,16 @@ def mixed_probe(clips, whole_run, tmp_path, monkeypatch):
 def test_a_stopped_extraction_goes_on(mixed_probe):
     assert "images and clips in one" in mixed_probe("0.png", "1.png", "2.mp4", code=1)
     assert "features of 2 clips" in mixed_probe("0.png", "1.png", "2.png")
+
+
+def test_a_stopped_probe_ends_with_the_same_bits(clips, whole_run, tmp_path, monkeypatch):
+    flags = ["probe", clips / "qa.jsonl"]
+    fine_tune(*flags, tmp_path / "whole", whole_run, "--steps", 6)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train.Run, "must_stop", lambda run: run.state["step"] == 2)
+        fine_tune(*flags, tmp_path / "run", whole_run, "--steps", 6, code=143)
+    assert "resuming" in fine_tune(*flags, tmp_path / "run", whole_run, "--steps", 6)
+    same_bits(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_resumed_probe_counts_its_clips_once(clips, whole_run, tmp_path):
@@ -6541,6 +6626,31 @@ def side(names: str) -> eval.Side:
     count = len(names)
     return eval.Side(list(names), list(range(count)), torch.eye(count).double(),
                      torch.arange(count))
+
+
+def test_pairs_of_both_directions_are_reranked(films, checkpoint, tmp_path, monkeypatch):
+    pairs = {}
+    rank = eval.rank_candidates
+
+    def record(direction, queries, candidates, keys, logits):
+        pairs[direction] = set(keys.values())
+        assert pairs[direction] <= logits.keys()
+        return rank(direction, queries, candidates, keys, logits)
+
+    monkeypatch.setattr(eval, "rank_candidates", record)
+    run_eval("retrieval", [films / "retrieval.jsonl"], checkpoint, "--rerank", 4)
+    assert not pairs["video to text"] <= pairs["text to video"]
+
+
+def test_equal_clips_tie_exactly():
+    """Sums in float64 differ in the last bit with the place of a clip in a matrix."""
+    torch.manual_seed(0)
+    embedding = torch.randn(512).double()
+    clips = eval.Side(["a"] * 7, list(range(7)), embedding.repeat(7, 1), torch.arange(7))
+    captions = eval.Side(["a#0"], [0], torch.randn(1, 512).double(), torch.arange(1))
+    with eval.joined_processes():
+        (_, cosines), = eval.cosine_blocks(captions, clips)
+    assert len(set(cosines[0].tolist())) == 1
 
 
 @pytest.mark.parametrize("logits, best, ranks", [
@@ -6883,6 +6993,7 @@ def test_the_objectives_of_training_are_scored(films, tmp_path):
     ("choice --data x --resize squash", "invalid choice: 'squash'", 2),
     ("probe --data {films}/qa.jsonl", "fine-tune it with train.py --task probe", 1),
     ("explain --video x --text a --block 3", "the model has blocks 1 to 2", 1),
+    ("explain --video x --text a --block -1", "the model has blocks 1 to 2", 1),
     ("explain --video x --text a --roll_select random", "cannot be put back", 1),
     ("match --video {empty} --text a", "no clip there", 1),
     ("match --video {empty}/a.mp4 --text a", "no clip can be read", 1),
@@ -7303,23 +7414,26 @@ def test_the_map_of_a_filled_mask_is_that_of_its_word(block, films, checkpoint, 
     assert torch.allclose(maps[0], maps[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize("temporal", ["token_rolling", "flatten"])
-def test_a_map_is_the_attention_in_the_patches_own_frames(temporal, films, checkpoint, tmp_path):
-    flags = ["--block", 2, "--text", "white ring while red", "--temporal", temporal]
+def test_a_map_is_the_attention_in_the_patches_own_frames(
+        temporal, block, films, checkpoint, tmp_path):
+    flags = ["--block", block, "--text", "white ring while red", "--temporal", temporal]
     result, = results_of("explain", [films / "0.mp4"], checkpoint, tmp_path / "r", *flags,
                          "--patch_order", "random")            # the patches keep their places
     model, tokenizer, _ = eval.load_checkpoint(torch.load(checkpoint), checkpoint,
                                                temporal=temporal)
     _, clips = open_model(checkpoint, films / "train.jsonl", "pretrain")
     inputs = []
-    norm = model.eval().blocks[1].norm1
+    norm = model.eval().blocks[block - 1].norm1
     norm.register_forward_hook(lambda module, args, output: inputs.append(output))
     model(clips[0, 0]["video"][None], torch.tensor([clips.encode("white ring while red")]))
-    shares = model.blocks[1].attn.weights(inputs[0])[:, 1:5, 6:]           # of four words, on video
+    attention = model.blocks[block - 1].attn
+    shares = attention.weights(inputs[0])[:, 1:5, 6:]                      # of four words, on video
     rows = 3 if temporal == "flatten" else 1
     shares = shares.reshape(-1, 4, rows, 5)[..., 1:].transpose(1, 2).flatten(0, 1).transpose(0, 1)
-    if temporal == "token_rolling":                            # two rolls of 1 of 4 patches
-        shares = torch.cat([shares[:, :, :1].roll(-2, 1), shares[:, :, 1:]], 2)
+    if temporal == "token_rolling":                            # 1 of 4 patches, in each block
+        shares = torch.cat([shares[:, :, :1].roll(-block, 1), shares[:, :, 1:]], 2)
     expected = shares / shares.sum((1, 2), keepdim=True)
     assert torch.allclose(torch.tensor(result["maps"]).flatten(2), expected.detach(), atol=1e-4)
 
@@ -7765,6 +7879,21 @@ def test_tasks_of_slurm_need_torchrun(films, checkpoint, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     error = run_eval("choice", [films / "choice.jsonl"], checkpoint, code=1)
     assert "SLURM_NTASKS is 8" in error and "torchrun" in error
+
+
+def test_help_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        eval.main(["--help"])
+    assert stop.value.code == 0
+    assert "95 % interval" in " ".join(capsys.readouterr().out.split())
+
+
+def test_weights_that_a_file_lacks_are_said(films, checkpoint, tmp_path):
+    content = torch.load(checkpoint)
+    del content["model"]["vtm_head.bias"]
+    torch.save(content, tmp_path / "c.pt")
+    printed = run_eval("match", [films / "0.mp4"], tmp_path / "c.pt", "--text", "a")
+    assert "1 initialised (vtm_head.bias)" in printed
 
 
 def test_each_flag_names_its_tasks():
