@@ -381,6 +381,24 @@ def test_an_image_is_read_without_any_exchange(temporal):
     assert torch.equal(model(clip(S=1), words()).pooled, plain(clip(S=1), words()).pooled)
 
 
+def test_patches_take_their_positions_along():                               # release's shuffle
+    raster = build().embed_video(clip())[0, 0, 1:]               # (16, 32)
+    shuffled = build(patch_order="random").embed_video(clip())[0, 0, 1:]
+    assert not torch.equal(raster, shuffled)
+    close(raster.sort(0).values, shuffled.sort(0).values)
+
+
+def test_without_temporal_positions_clips_have_any_length():
+    assert build(frames=1, temporal_position=False)(clip(S=5), words()).pooled.shape == (1, 32)
+
+
+@pytest.mark.parametrize("mask, message", [
+    (torch.zeros(1, 8), "bool"), (torch.ones(2, 8) > 0, r"\(1, 8\)")])
+def test_a_text_alone_needs_a_mask_of_its_shape_too(mask, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        build().encode_text(words(), mask)
+
+
 def test_a_shorter_clip_has_the_first_positions():                           # Eq. 1
     model = build(temporal_position=True)
     torch.nn.init.normal_(model.temporal_embed)
@@ -1081,6 +1099,31 @@ def test_a_text_without_words_is_aligned_with_nothing():
     assert plan.isfinite().all()
 
 
+def test_the_word_of_id_0_can_be_masked():
+    positions, masked = masked_positions(torch.tensor([[-100, 0, 5, -100]]), pad_to=1)
+    assert positions.tolist() == [1, 2]
+    assert masked.tolist() == [0, 5]
+
+
+def test_vtc_is_right_where_a_text_finds_its_clip():
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    video = torch.tensor([[1.0, 0.1], [1.0, 0.2]])               # both are nearest to text 0
+    assert vtc_loss(text, video).correct == 2
+    assert vtc_loss(video, text).correct == 1
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_words_are_aligned_with_patches_alone(distilled):
+    model = build(distilled=distilled)
+    patches = torch.randn(2, 16, 32)
+    features = allinone.Features(text=torch.randn(2, 8, 32), pooled=None, frames=None,
+                                 video=F.pad(patches, (0, 0, model.num_special, 0), value=9.0))
+    batch = {"text_mask": torch.ones(2, 8) > 0, "vtm_labels": torch.tensor([1, 0])}
+    distance, _ = word_patch_transport(features.text, patches, batch["text_mask"])
+    loss = allinone.word_patch_alignment_loss(model, features, batch)
+    close(loss.total, distance[0] - distance[1])
+
+
 def test_the_plan_of_transport_has_no_gradient():
     text = torch.randn(1, 6, 8, requires_grad=True)
     distance, plan = word_patch_transport(text, torch.randn(1, 4, 8), torch.ones(1, 6) > 0)
@@ -1374,6 +1417,14 @@ def write_safetensors(path: Path, weights: dict[str, torch.Tensor]) -> None:
         content += raw
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+
+
+def test_weights_saved_on_a_gpu_are_read_without_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "a.pt")
+    weights = read_weights(tmp_path / "a.pt")["model"]
+    assert weights["a"].device.type == "cpu" and weights["a"].tolist() == [1, 1]
 
 
 def test_safetensors_are_read_without_a_further_package(tmp_path):
