@@ -2591,6 +2591,13 @@ def test_a_stray_quote_swallows_no_rows(quoted, name, ending, tmp_path):
         Manifest(path)
 
 
+def test_a_stray_quote_between_tabs_swallows_no_rows_of_any_names(tmp_path):
+    rows = ["video\ttext", 'dawn\t"a cat', "noon\ta cow", 'dusk\ta "hen', "night\ta pig"]
+    (tmp_path / "a.tsv").write_text("\n".join(rows) + "\n")
+    with pytest.raises(DataError, match="a.tsv:2: a quote that opens here"):
+        Manifest(tmp_path / "a.tsv")
+
+
 @pytest.mark.parametrize("content, line, complaint", [
     ("path,start\na,0.5\nb,soon\n", 3, "\"start\" is 'soon'; expected a finite number"),
     ("path,start\na,nan\n", 2, '"start" is .*; expected a finite number'),
@@ -2841,6 +2848,20 @@ def test_clips_of_a_shard_equal_those_of_files(tmp_path):
     assert len(stored) == len(packed) == 3
     for key in [(0, 0), (2, 1), (1, 2), (2, 3)]:
         assert torch.equal(stored[key]["video"], packed[key]["video"])
+
+
+@pytest.mark.parametrize("name", ["a" * 96 + ".mp4", "a" * 97 + ".mp4", "a" * 200 + ".mp4",
+                                  "für.mp4"])
+def test_a_member_may_have_a_long_name(name, tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {name: b"film", f"{name[:-4]}.txt": "x"})
+    (sample,) = Manifest(shard)
+    data.check_place(data.source_of(sample))                       # does not raise
+
+
+def test_notes_of_macos_in_a_shard_are_no_clips(tmp_path):
+    files = {"._a.mp4": "note", "._a.txt": "note", "a.mp4": "film", "a.txt": "x", "._b.mp4": "note"}
+    (sample,) = Manifest(write_shard(tmp_path / "0.tar", files))
+    assert sample["member"]["name"] == "a.mp4"
 
 
 def test_a_shard_that_was_cut_after_it_was_indexed_is_named(tmp_path):
@@ -3846,12 +3867,14 @@ def test_a_gpu_seldom_waits_for_clips(micro_batch, accumulation_steps, tmp_path)
     assert idle / (idle + 10 * gpu_seconds) < 0.25
 
 
-@pytest.mark.parametrize("image_size, expected", [
-    (32, 100),                 # as many as asked for
-    (4096, 7)])                # 151 MB a clip: as many as READ_AHEAD, 1 GiB, holds
-def test_reading_ahead_stays_within_its_bytes(image_size, expected, tmp_path):
+@pytest.mark.parametrize("image_size, views, expected", [
+    (32, 1, 100),              # as many as asked for
+    (4096, 1, 7),              # 151 MB a clip: as many as READ_AHEAD, 1 GiB, holds
+    (1024, 16, 7)])
+def test_reading_ahead_stays_within_its_bytes(image_size, views, expected, tmp_path):
     plain = clips_of(tmp_path, WORDS)
-    clips = Sleepy(plain.manifest, plain.tokenizer, "pretrain", 3, image_size, 40, True)
+    clips = Sleepy(plain.manifest, plain.tokenizer, "pretrain", 3, image_size, 40, True,
+                   views=views)
     keys, taken = [[(0, visit)] for visit in range(300)], []
     watched = (taken.append(key) or key for key in keys)
     stream = data.load(clips, watched, len, workers=1, clips_ahead=100)
