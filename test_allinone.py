@@ -2858,6 +2858,18 @@ def test_a_member_may_have_a_long_name(name, tmp_path):
     data.check_place(data.source_of(sample))                       # does not raise
 
 
+def test_a_truncated_film_in_a_shard_is_no_whole_one(tmp_path):
+    whole = film(tmp_path / "a.mp4", "movflags=faststart").read_bytes()        # its index at first
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        between_packets = [packet.pos for packet in container.demux(video=0)][30]
+    shard = write_shard(tmp_path / "0.tar", {"a.mp4": whole[:between_packets], "a.txt": "x",
+                                             "b.mp4": whole, "b.txt": "y"})
+    cut, complete = Manifest(shard)
+    data.read_frames(complete, range, 32, "release", train=False)
+    with pytest.raises(Unreadable, match="truncated"):
+        data.read_frames(cut, range, 32, "release", train=False)
+
+
 def test_notes_of_macos_in_a_shard_are_no_clips(tmp_path):
     files = {"._a.mp4": "note", "._a.txt": "note", "a.mp4": "film", "a.txt": "x", "._b.mp4": "note"}
     (sample,) = Manifest(write_shard(tmp_path / "0.tar", files))
@@ -3334,6 +3346,10 @@ def test_options_are_padded_to_the_most_of_a_clip(tmp_path):     # Sec. 4.2.1, 4
     assert batch["label"].tolist() == [1, 0] and "text_ids" not in batch
 
 
+def test_an_option_comes_before_an_index():
+    assert data.right_option({"source_line": "m:1", "options": ["3", "2", "1"], "answer": "1"}) == 2
+
+
 @pytest.mark.parametrize("answer, expected", [(1, 1), ("1", 1), ("y", 1), ("x", 0)])
 def test_an_answer_is_an_index_or_an_option(answer, expected, tmp_path):
     clips = clips_of(tmp_path, [{"options": ["x", "y"], "answer": answer}], "choice")
@@ -3760,6 +3776,16 @@ def test_a_reader_ends_with_its_trainer():
     pipe.close()                             # as the system does when the trainer has been killed
     process.join(20)
     assert process.exitcode == 0
+
+
+def test_reading_that_ends_early_ends_its_processes():
+    readers = data.Readers(time.sleep, 1, timeout=1000)
+    stream = readers.ahead(readers, iter([0.0, 1000.0]), depth=1)
+    next(stream)
+    (process,) = readers.processes
+    stream.close()                           # in the middle of the second task
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_closed_reader_starts_no_process():
