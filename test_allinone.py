@@ -3346,6 +3346,13 @@ def test_options_are_padded_to_the_most_of_a_clip(tmp_path):     # Sec. 4.2.1, 4
     assert batch["label"].tolist() == [1, 0] and "text_ids" not in batch
 
 
+def test_a_small_vocabulary_can_spell_every_word():
+    tokenizer = Tokenizer.train(["the quick brown fox jumps over a lazy dog"], vocab_size=8)
+    tokens = tokens_of(tokenizer, tokenizer.encode("quick dog", max_len=40))
+    assert "[UNK]" not in tokens
+    assert re.sub(r" ##|\[\w+\]", "", tokens).strip() == "quick dog"
+
+
 def test_an_option_comes_before_an_index():
     assert data.right_option({"source_line": "m:1", "options": ["3", "2", "1"], "answer": "1"}) == 2
 
