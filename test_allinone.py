@@ -3968,6 +3968,15 @@ def test_the_data_doctor_names_paths_that_are_no_utf_8(tmp_path, capsys):
     assert "a\\udcff.mp4: no such file" in capsys.readouterr().out
 
 
+def test_captions_of_a_clip_of_unknown_length_are_not_outside_it(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in range(3):
+        picture(tmp_path / "frames" / f"{number}.png")
+    (tmp_path / "m.jsonl").write_text(json_lines(
+        {"video": "frames", "captions": [[1, 5, "a dog"]]}))
+    assert "caption outside the clip" not in data.check(tmp_path / "m.jsonl", workers=0)
+
+
 def test_the_data_doctor_goes_on_after_a_bad_row(tmp_path):
     film(tmp_path / "a.mp4", "n=12")
     (tmp_path / "a.csv").write_text("video,text,start,end\na.mp4,x,5,3\na.mp4,y,0,1\n")
