@@ -3811,7 +3811,7 @@ def test_reading_that_ends_early_ends_its_processes():
     (process,) = readers.processes
     stream.close()                           # in the middle of the second task
     process.join(20)
-    assert process.exitcode == -signal.SIGKILL
+    assert not process.is_alive()
 
 
 def test_a_closed_reader_starts_no_process():
