@@ -3687,9 +3687,8 @@ def read_deadly(folder, begins, workers=1, train=True):
     return list(data.load(clips, keys, partial(collate, clips=clips), workers, timeout=1))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_next_line_stands_in_for_an_unreadable_clip(workers, tmp_path):
-    batches = read_deadly(tmp_path, [0, 3, 6], workers)
+def test_the_next_line_stands_in_for_an_unreadable_clip(tmp_path):
+    batches = read_deadly(tmp_path, [0, 3, 6], workers=3)
     assert [batch["index"].tolist() for batch in batches] == [[0, 1, 3], [3, 4, 6], [6, 7, 8]]
     assert [len(batch["unreadable"]) for batch in batches] == [1, 1, 0]
 
@@ -5812,8 +5811,9 @@ def test_unreadable_clips_and_mfu_are_printed():
 
 @pytest.mark.parametrize("steps, lines", [(5, 5), (12, 12), (20, 10)])
 def test_a_run_has_ten_lines_or_more(steps, lines, trainer):
-    one = trainer("--log_every", 50, "--steps", steps, "--batch", 2)
-    one.train()
+    one = trainer("--log_every", 50, "--steps", steps)
+    for _ in range(steps):
+        one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, 1.0, lr=0.1, unreadable=[])
     assert len(records(one.run.folder)) == lines
 
 
