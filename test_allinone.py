@@ -4703,9 +4703,10 @@ def test_two_films_of_a_name_are_reported(clips, converted, capsys):
                      capsys.readouterr().out)
 
 
-def test_links_to_a_film_are_no_duplicates(converted, tmp_path, capsys):
+@pytest.mark.parametrize("link, target", [("all", "a"), ("QOl.mp4", "a/QOl.mp4")])
+def test_links_to_a_film_are_no_duplicates(link, target, converted, tmp_path, capsys):
     write_source_files(tmp_path, {"clips/a/QOl.mp4": ""})
-    (tmp_path / "clips" / "all").symlink_to("a")
+    (tmp_path / "clips" / link).symlink_to(target)
     assert converted("activitynet", ANET, [])["test"]
     assert "more than once" not in capsys.readouterr().out
 
