@@ -217,8 +217,8 @@ class AllInOne(nn.Module):
             self.factorized.extend(FactorizedAttention(c) for _ in self.blocks)
 
         # The heads of Sec. 3.3 and of Sec. 4.2.1.
-        self.pooler = initialised(Float32Linear(D, D), std)           # release
-        self.vtm_head = initialised(Float32Linear(D, 2), std)         # logit 1: they match
+        self.pooler = initialised(Float32Linear(D, D), std)        # release
+        self.vtm_head = initialised(Float32Linear(D, 2), std)      # logit 1: they match
         # BERT's head. Its last layer is not tied to the word embeddings (release). Give it the
         # masked tokens alone: logits of all tokens would take gigabytes.
         self.mlm_head = nn.Sequential(OrderedDict(
@@ -1049,7 +1049,7 @@ class FactorizedAttention(nn.Module):
         if n == 0:                                                 # a pass of the text alone
             return text
         tubes = patches.unflatten(0, (-1, frames)).transpose(1, 2)           # (B, n, S, D)
-        tubes = self.add_branch(self.time, tubes.flatten(0, 1))                     # (B*n, S, D)
+        tubes = self.add_branch(self.time, tubes.flatten(0, 1))              # (B*n, S, D)
         patches = tubes.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)  # (B*S, n, D)
         video = self.add_branch(self.space, torch.cat([special, patches], 1))       # (B*S, 1+n, D)
         return torch.cat([text, video], 1)

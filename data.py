@@ -124,6 +124,7 @@ MEDIA = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp
 
 class IndexHeader(NamedTuple):
     """The int64 numbers at the beginning of an index: see line_index."""
+
     version: int
     size: int           # of the .jsonl, in bytes
     time: int           # of its last change, in nanoseconds
@@ -415,6 +416,7 @@ def checksum(path: Path) -> int:
 
 
 def read_header(index: Path) -> IndexHeader:
+    """The numbers at the beginning of an index."""
     return IndexHeader(*np.fromfile(index, np.int64, len(IndexHeader._fields)).tolist())
 
 
@@ -2372,7 +2374,9 @@ class Readers:
         except (EOFError, ConnectionError):
             with self.lock:
                 process.join()
-            if process.exitcode == 1:               # an exception; after a signal, see __call__
+            # A process that a signal has killed goes back like a living one. Its first task then
+            # finds it dead, and is tried once more (see __call__).
+            if process.exitcode == 1:               # an exception
                 self.bury(process, pipe)
                 raise RuntimeError(
                     "no reading process can start, since each of them imports your script and that "

@@ -126,7 +126,7 @@ def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
     return flags
 
 
-# ---- Processes ----------------------------------------------------------------------------------
+# ---- Processes, and their devices ---------------------------------------------------------------
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[torch.device]:
@@ -170,6 +170,16 @@ def own_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU that computes in bfloat16, not one that only emulates it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """A context of bfloat16 where the GPU computes in it, as in training."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
 
 
 def is_earliest_failure(store: dist.Store) -> bool:
@@ -284,7 +294,7 @@ class EvalConfig:
     out: str = ""
     # A file that gets each sample's result as a line of JSON, for programs.
     json: str = ""
-    # How many clips one micro-batch holds.
+    # How many clips one micro-batch holds; always 8 for pretrain, which draws VTM's pairs among 8.
     batch: int = 8
     # How many processes read clips for each GPU; 0 reads in the main process.
     workers: int = 2
@@ -336,16 +346,6 @@ class EvalConfig:
 # Fields of Config that a checkpoint's weights fit whatever their value: Tab. 8, 11, 12, Fig. 7, 9.
 MODEL_FLAGS = ("frames", "image_size", "max_text_len", "temporal", "roll", "roll_ratio",
                "roll_start", "roll_select", "roll_unimodal", "patch_order")
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether it is a GPU that computes in bfloat16, not one that only emulates it."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def half_precision(device: torch.device):
-    """A context of bfloat16 where the GPU computes in it, as in training."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
 
 
 # ---- Reading samples ----------------------------------------------------------------------------
@@ -1663,6 +1663,7 @@ def profile(sizes: dict, batch: int, device: torch.device) -> None:
     """
     rows = []
     for name, config in profiled_configs(sizes).items():
+        print_main(f"measuring {name}")                # which takes minutes on a CPU
         with torch.device("meta"):
             model = AllInOne(config)
         row = {"model": name, "params M": count_parameters(model, heads=False) / 1e6,
@@ -1671,6 +1672,7 @@ def profile(sizes: dict, batch: int, device: torch.device) -> None:
             row[f"{part} G"] = macs / 1e9
         row["clips/s"] = measure_throughput(config, device, batch)
         rows.append(row)
+    print_main("measuring retrieval and search")
     tables = [
         ("Parameters without MLM's and VTC's heads (Tab. 1) and all; 1e9 multiply-adds of a clip;\n"
          f"joint passes in batches of {batch} on {device.type}", rows, 1),

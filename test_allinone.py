@@ -65,7 +65,7 @@ from data import (BatchSampler, Clips, DataError, Manifest, Tokenizer, Unreadabl
 from eval import count_macs, count_parameters
 
 torch.set_num_threads(1)                                 # sums in one order, whoever runs them
-gc.set_threshold(50_000)                                 # looking for cycles costs a tenth else
+gc.set_threshold(50_000)                                 # look for cycles of objects less often
 HERE = Path(__file__).parent
 FULL = os.environ.get("FULL") == "1"       # at the sizes that the README states, not smaller: hours
 on_linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
@@ -101,7 +101,7 @@ def test_the_house_rules_hold(name):
 
 def build(seed=0, **fields) -> AllInOne:
     """A tiny model in evaluation mode, its weights large enough for effects to be seen."""
-    torch.default_generator.manual_seed(seed)      # torch.manual_seed takes milliseconds
+    torch.default_generator.manual_seed(seed)      # torch.manual_seed prepares for GPUs too
     model = AllInOne(replace(TINY, **fields)).eval()
     for p in model.parameters():
         if p.ndim > 1:
@@ -665,7 +665,7 @@ def test_random_weights_start_as_vit_and_bert():                             # T
 
 
 @pytest.mark.parametrize("fields, millions, paper", [            # without the heads of MLM and VTC
-    (VARIANTS["Ti"], 11.4, 12), (VARIANTS["S"], 33.5, 33), (VARIANTS["B"], 109.9, 110),    # Tab. 1
+    (VARIANTS["Ti"], 11.4, 12), (VARIANTS["S"], 33.6, 33), (VARIANTS["B"], 109.9, 110),    # Tab. 1
     (VARIANTS["L"], 335.7, 320),                                                           # App. A
     (dict(temporal="timesformer"), 180.8, 180.5), (dict(temporal="decoupled"), 195.0, 192)])
 def test_variants_have_the_papers_parameters(fields, millions, paper):       # Tab. 1, Tab. 9
@@ -2144,14 +2144,19 @@ def test_a_member_that_is_not_there_is_named(shift, cut, tmp_path):
 
 # -- damage
 
+def cut_behind_its_index(path: Path) -> bytes:
+    """A film whose index stands before its packets, without all packets from the 30th on."""
+    whole = film(path, "movflags=faststart").read_bytes()
+    with av.open(str(path)) as container:
+        between_packets = [packet.pos for packet in container.demux(video=0)][30]
+    return whole[:between_packets]
+
+
 @pytest.fixture(scope="session")
 def broken(tmp_path_factory) -> Path:
     """A folder of files that are no readable film."""
     folder = tmp_path_factory.mktemp("broken")
     whole = film(folder / "whole.mp4").read_bytes()
-    indexed = film(folder / "indexed.mp4", "movflags=faststart").read_bytes()   # the index at first
-    with av.open(str(folder / "indexed.mp4")) as container:
-        between_packets = [packet.pos for packet in container.demux(video=0)][30]
     avi = film(folder / "whole.avi", "codec=mpeg4").read_bytes()
     mkv = film(folder / "whole.mkv", "g=10 n=300").read_bytes()
     sound = b".snd" + struct.pack(">5I", 24, 80, 3, 8000, 1) + bytes(80)
@@ -2160,7 +2165,8 @@ def broken(tmp_path_factory) -> Path:
             "words.txt": b"once upon " * 50, "sound.au": sound, "empty.mp4": b"",
             "noise.mp4": bytes(range(256)) * 20, "cut.mp4": whole[:len(whole) * 6 // 10],
             "zeroed.mp4": whole[:-2000] + bytes(100) + whole[-1900:],
-            "cut-indexed.mp4": indexed[:between_packets], "cut.avi": avi[:len(avi) * 6 // 10],
+            "cut-indexed.mp4": cut_behind_its_index(folder / "indexed.mp4"),
+            "cut.avi": avi[:len(avi) * 6 // 10],
             "cut.mkv": mkv[:len(mkv) * 4 // 10]}.items():
         (folder / name).write_bytes(content)
     return folder
@@ -2177,7 +2183,7 @@ def test_what_cannot_be_read_is_named_with_a_reason(name, reason, broken):
         decode(broken / name, range, 32)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("share", [0.6, 0.8])
 @pytest.mark.parametrize("kind", ["a.mkv g=10", "a.webm codec=libvpx g=10"])
 def test_a_film_without_its_end_is_no_whole_film(kind, share, tmp_path):
     path = film_of(tmp_path, f"{kind} rate=5 n=200")           # 40 s
@@ -2870,11 +2876,10 @@ def test_a_member_may_have_a_long_name(name, tmp_path):
 
 
 def test_a_truncated_film_in_a_shard_is_no_whole_one(tmp_path):
-    whole = film(tmp_path / "a.mp4", "movflags=faststart").read_bytes()        # its index at first
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        between_packets = [packet.pos for packet in container.demux(video=0)][30]
-    shard = write_shard(tmp_path / "0.tar", {"a.mp4": whole[:between_packets], "a.txt": "x",
-                                             "b.mp4": whole, "b.txt": "y"})
+    whole = film(tmp_path / "whole.mp4").read_bytes()
+    shard = write_shard(tmp_path / "0.tar", {
+        "a.mp4": cut_behind_its_index(tmp_path / "a.mp4"), "a.txt": "x",
+        "b.mp4": whole, "b.txt": "y"})
     cut, complete = Manifest(shard)
     data.read_frames(complete, range, 32, "release", train=False)
     with pytest.raises(Unreadable, match="truncated"):
@@ -3233,7 +3238,7 @@ def test_mlm_labels_are_the_words_that_stood_there(tmp_path):
 
 
 class Unseen(Clips):
-    """Clips whose frames are not read."""
+    """Clips that are black, without a file being read."""
 
     def read_video(self, sample):
         return torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
@@ -3663,7 +3668,7 @@ def test_shuffled_frames_are_the_same_frames(tmp_path):
 
 # ---- Reading in processes that may die -----------------------------------------------------------
 
-class Deadly(Clips):
+class Deadly(Unseen):
     """Clips whose line 3 kills the process that reads it and whose line 6 never returns."""
 
     def read_video(self, sample):
@@ -3674,7 +3679,7 @@ class Deadly(Clips):
             os._exit(11)
         if line == "6":
             time.sleep(1000)
-        return torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+        return super().read_video(sample)
 
 
 def read_deadly(folder, begins, workers=1, train=True):
@@ -3693,9 +3698,15 @@ def test_the_next_line_stands_in_for_an_unreadable_clip(tmp_path):
     assert [len(batch["unreadable"]) for batch in batches] == [1, 1, 0]
 
 
-def test_a_stand_in_is_read_as_on_its_own_visit(tmp_path):
+def read_by_one_process(clips, index, visit) -> dict:
+    """The item that training gets for a sample."""
+    readers = data.Readers(partial(data.read_item, clips), workers=0, timeout=9)
+    return data.ItemReader(clips, readers)((index, visit))
+
+
+def test_a_stand_in_is_read_on_the_same_visit(tmp_path):
     clips = clips_of(tmp_path, [{"video": "gone.mp4", "text": "a"}, WORDS[0]])
-    item = data.ItemReader(clips, data.Readers(partial(data.read_item, clips), 0, 9))((0, 7))
+    item = read_by_one_process(clips, index=0, visit=7)
     assert torch.equal(item["video"], clips[1, 7]["video"])
     assert not torch.equal(item["video"], clips[1, 0]["video"])
 
@@ -3707,8 +3718,8 @@ def test_a_stand_in_is_of_the_same_manifest(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json_lines(*lines))
     manifest = Manifest([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
     clips = Clips(manifest, Tokenizer.train(WORDS, 200), "pretrain", 3, 32, 40, train=True)
-    reader = data.ItemReader(clips, data.Readers(partial(data.read_item, clips), 0, 9))
-    assert reader((1, 0))["source_line"] == f"{tmp_path}/a.jsonl:1"
+    item = read_by_one_process(clips, index=1, visit=0)
+    assert item["source_line"] == f"{tmp_path}/a.jsonl:1"
 
 
 @pytest.fixture(scope="module")
@@ -3752,13 +3763,13 @@ def test_evaluation_replaces_no_clip(tmp_path):
     assert batch["index"].tolist() == [0, 1] and "took its reader down" in batch["unreadable"][0]
 
 
-class Hanging(Clips):
-    """Clips whose line 1 is never read."""
+class Hanging(Unseen):
+    """Clips whose line 1 never comes."""
 
     def read_video(self, sample):
         if sample["source_line"].endswith(":1"):
             time.sleep(1000)
-        return torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+        return super().read_video(sample)
 
 
 def test_training_gives_a_clip_up_after_the_timeout(trainer):
@@ -5052,16 +5063,19 @@ PAPER = {"batch": 256, "clips of a GPU": 8, "lr": 1e-4, "length": 20, "warmup": 
          "head lr": 1, "whole words": False}                                   # Sec. 4.1.2
 
 
-def test_the_other_defaults_of_training():
-    assert asdict(train.TrainConfig()) == {
-        "task": "pretrain", "objectives": ("vtm", "mlm"), "recipe": "paper", "variant": "B",
-        "init": "scratch", "vocab": "bert-base-uncased", "freeze": (),
-        "data": (), "val": (), "mix": (), "columns": (), "out": "",
-        "steps": 200_000, "epochs": 0, "batch": 0, "batch_per_gpu": 16,
-        "lr": 1e-4, "warmup": 0.1, "weight_decay": 0.01, "beta2": 0.999, "head_lr": 1.0,
-        "false_captions": 15, "whole_words": False, "resize": "release", "boxes": True,
-        "precision": "auto", "compile": False, "activation_checkpointing": False, "seed": 0,
-        "workers": 8, "timeout": 120, "val_every": 0, "log_every": 50, "save_every": 1000}
+DEFAULTS = {  # of TrainConfig
+    "steps": 200_000, "batch_per_gpu": 16, "lr": 1e-4, "warmup": 0.1, "weight_decay": 0.01,
+    "variant": "B", "objectives": ("vtm", "mlm"), "vocab": "bert-base-uncased",     # Sec. 4.1.2
+    "beta2": 0.999, "head_lr": 1.0, "resize": "release", "boxes": True, "whole_words": False,
+    "false_captions": 15, "precision": "auto",                   # the paper is silent
+    "task": "pretrain", "recipe": "paper", "init": "scratch", "freeze": (), "epochs": 0, "batch": 0,
+    "data": (), "val": (), "mix": (), "columns": (), "out": "", "seed": 0,
+    "compile": False, "activation_checkpointing": False,
+    "workers": 8, "timeout": 120, "val_every": 0, "log_every": 50, "save_every": 1000}
+
+
+def test_the_defaults_of_training_are_these_numbers():
+    assert asdict(train.TrainConfig()) == DEFAULTS
 
 
 @pytest.mark.parametrize("task, differs", [
@@ -5439,8 +5453,6 @@ EFFECTS = {  # a flag of training: (the other flags, its own, what it changes)
     "columns": ("", "--columns text=video", lambda one: one.clips[0, 0]["caption"]),
     "vocab": ("", "--vocab {tmp_path}/vocab.txt", lambda one: one.tokenizer.vocab_size),
     "val_every": (SCORED + "--save_every 1", "--val_every 1", checkpoints),
-    "precision": ("", "--precision bf16", lambda one: one.autocast().fast_dtype),
-    "compile": ("", "--compile", lambda one: one.losses._compiled_call_impl is None),
     "activation_checkpointing": ("", "--activation_checkpointing",
                                  lambda one: one.model.activation_checkpointing),
     "freeze": ("", "--freeze blocks.1", lambda one: len(one.trained)),
@@ -5457,6 +5469,8 @@ EFFECTS = {  # a flag of training: (the other flags, its own, what it changes)
     "save_every": ("--steps 2", "--save_every 1", checkpoints)}
 
 ELSEWHERE = {  # flags whose effect other tests show
+    "compile": "the_flag_compiles_the_whole_micro_batch",
+    "precision": "matrix_products_have_the_precision_asked_for",
     "epochs": "flags_of_steps_replace_epochs", "recipe": "the_releases_recipe_is_selected_whole",
     "variant": "a_variant_has_its_width", "workers": "training_gives_a_clip_up_after_the_timeout",
     "timeout": "training_gives_a_clip_up_after_the_timeout"}
@@ -5692,10 +5706,20 @@ def test_the_norm_of_fp16_is_that_of_fp32(trainer):
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
+def end_step(one, norm=1.0, clips=((8.0, 0.0),), unreadable=(), **losses) -> None:
+    """Ends a step of a Trainer that has not computed it.
+
+    clips: (read, unreadable) of each manifest. losses: (sum, number) of each manifest.
+    """
+    sums = {name: torch.tensor(table) for name, table in losses.items()}
+    sums["clips"] = torch.tensor(clips)
+    one.progress.end_step(sums, norm, lr=0.1, unreadable=list(unreadable))
+
+
 def test_an_overflow_leaves_the_mean_norm_alone(trainer):
     one = trainer("--log_every", 2, "--steps", 20)
     for norm in (math.inf, 3.0):
-        one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, norm, lr=0.1, unreadable=[])
+        end_step(one, norm=norm)
     assert records(one.run.folder)[0]["grad_norm"] == 3.0
 
 
@@ -5814,7 +5838,7 @@ def test_unreadable_clips_and_mfu_are_printed():
 def test_a_run_has_ten_lines_or_more(steps, lines, trainer):
     one = trainer("--log_every", 50, "--steps", steps)
     for _ in range(steps):
-        one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, 1.0, lr=0.1, unreadable=[])
+        end_step(one)
     assert len(records(one.run.folder)) == lines
 
 
@@ -5831,9 +5855,9 @@ def test_speed_is_that_since_the_last_line(trainer):
     one = trainer("--steps", 100)
     one.progress.start_time -= 10.0
     one.progress.data_wait = 5.0
-    one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, 1.0, lr=0.1, unreadable=[])
+    end_step(one)
     one.progress.start_time -= 1.0
-    one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, 1.0, lr=0.1, unreadable=[])
+    end_step(one)
     early, late = records(one.run.folder)
     assert early["clips_per_s"] == pytest.approx(0.8, rel=0.05)
     assert early["data_wait"] == pytest.approx(0.5, rel=0.05)
@@ -5843,15 +5867,13 @@ def test_speed_is_that_since_the_last_line(trainer):
 
 def test_the_memory_of_a_process_is_in_gigabytes(trainer):
     one = trainer()
-    one.progress.end_step({"clips": torch.tensor([[8.0, 0.0]])}, 1.0, lr=0.1, unreadable=[])
+    end_step(one)
     assert 0.1 < records(one.run.folder)[0]["memory_gb"] < 100
 
 
 def test_a_mean_over_manifests_is_one_over_clips(trainer, clips):
     one = trainer("--data", clips / "train.jsonl", clips / "images.jsonl")
-    sums = {"clips": torch.tensor([[6.0, 0.0], [2.0, 0.0]]),
-            "vtm": torch.tensor([[3.0, 6.0], [3.0, 2.0]])}
-    one.progress.end_step(sums, 1.0, lr=0.1, unreadable=[])
+    end_step(one, clips=[[6.0, 0.0], [2.0, 0.0]], vtm=[[3.0, 6.0], [3.0, 2.0]])
     assert records(one.run.folder)[0]["vtm"] == 6 / 8
 
 
@@ -5870,9 +5892,7 @@ def test_waiting_for_clips_adds_up(trainer):
 
 def test_a_loss_is_logged_for_manifests_that_were_read(trainer, clips):
     one = trainer("--data", clips / "train.jsonl", clips / "images.jsonl")
-    sums = {"clips": torch.tensor([[8.0, 0.0], [0.0, 0.0]]),
-            "vtm": torch.tensor([[4.0, 8.0], [0.0, 0.0]])}
-    one.progress.end_step(sums, 1.0, lr=0.1, unreadable=[])
+    end_step(one, clips=[[8.0, 0.0], [0.0, 0.0]], vtm=[[4.0, 8.0], [0.0, 0.0]])
     record = records(one.run.folder)[0]
     assert record["vtm"] == 0.5                                # of all clips alike
     films, images = record["manifests"].values()
@@ -5882,8 +5902,7 @@ def test_a_loss_is_logged_for_manifests_that_were_read(trainer, clips):
 
 def test_unreadable_clips_of_all_manifests_are_counted(trainer, clips):
     one = trainer("--data", clips / "train.jsonl", clips / "images.jsonl")
-    counts = torch.tensor([[8.0, 1.0], [8.0, 2.0]])
-    one.progress.end_step({"clips": counts}, 1.0, lr=0.1, unreadable=["a", "b", "c"])
+    end_step(one, clips=[[8.0, 1.0], [8.0, 2.0]], unreadable=["a", "b", "c"])
     assert records(one.run.folder)[0]["unreadable"] == 3
 
 
@@ -7230,7 +7249,7 @@ def test_a_released_file_is_used_from_the_command_line(films, tmp_path):
     item = clips[0, 0]
     for row, ids in zip(result["captions"], item["all_captions"]):
         logits = match_logits(model.eval(), item["video"][None], torch.tensor([ids]))
-        assert row["matched"] == pytest.approx(float(logits.softmax(1)[0, 1]), abs=1e-3)
+        assert row["matched"] == pytest.approx(logits.softmax(1)[0, 1].item(), abs=1e-3)
 
 
 def test_a_released_baseline_has_the_same_vocabulary(films, tmp_path):

@@ -203,8 +203,9 @@ class TrainConfig:
     timeout: float = 120
 
 
-CHANGEABLE = {  # flags that may differ when a run goes on: they do not change what a step computes,
-    # or it is plain from which step on they do
+# Flags that may differ when a run goes on. Most of them change nothing that a step computes. The
+# others, such as lr, change it from the next step on, and the run says from which.
+CHANGEABLE = {
     "out", "val", "val_every", "workers", "log_every", "save_every", "timeout", "epochs", "lr",
     "steps", "batch_per_gpu"}
 
@@ -1226,6 +1227,34 @@ class Trainer:
 
 # ---- The linear probe ----------------------------------------------------------------------------
 
+class ProbeSamples(NamedTuple):
+    """The clips that could be read, N of them, as a linear probe sees them (Tab. 12)."""
+
+    features: Tensor             # (N, D) cls tokens of the video, on the device
+    labels: Tensor               # (N,) on the device; -1: none of the classes
+    manifest_ids: Tensor         # (N,) which manifest of --data each one is of
+    clips: Tensor                # (manifests, 2) clips read, and unreadable ones
+    unreadable: list[str]        # what could not be read
+
+
+def encode_for_probe(config: TrainConfig, manifest: Manifest, model: AllInOne, tokenizer: Tokenizer,
+                     answers: list[str] | None, path: Path, device: torch.device) -> ProbeSamples:
+    """Each clip's feature, computed once and kept in the file `path`.
+
+    DataError if a manifest has no clip that can be read.
+    """
+    clips = open_clips(config, manifest, model, tokenizer, answers, train=False)
+    samples, unreadable = cls_features(model, clips, path, config, device)
+    manifest_ids = torch.tensor([sample["manifest_id"] for sample in samples])
+    read = manifest_ids.long().bincount(minlength=len(manifest.sizes))
+    if not read.all():
+        raise DataError(f"no clip of a manifest can be read: {'; '.join(unreadable[:3])}")
+    features = torch.stack([sample["feature"] for sample in samples]).to(device)
+    labels = torch.tensor([sample["label"] for sample in samples]).to(device)
+    counts = torch.stack([read, torch.tensor(manifest.sizes) - read], 1)
+    return ProbeSamples(features, labels, manifest_ids, counts, unreadable)
+
+
 def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
                  device: torch.device) -> bool:
     """Linear probe (Tab. 12, App. D.1): one linear layer on the video's cls token.
@@ -1243,16 +1272,10 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
     model.answer_head.requires_grad_(True)
 
     # ---- Data
-    clips = open_clips(config, manifest, model, tokenizer, answers, train=False)
-    samples, unreadable = cls_features(model, clips, run.folder / "features.pt", config, device)
-    manifest_ids = torch.tensor([sample["manifest_id"] for sample in samples])
-    sizes = manifest_ids.long().bincount(minlength=len(manifest.sizes))
-    if not sizes.all():
-        raise DataError(f"no clip of a manifest can be read: {'; '.join(unreadable[:3])}")
-    features = torch.stack([sample["feature"] for sample in samples]).to(device)     # (N, D)
-    labels = torch.tensor([sample["label"] for sample in samples]).to(device)        # (N,)
-    layout = split_batch(config, len(samples), world=1)
-    steps = total_steps(config, len(samples), layout.batch)
+    samples = encode_for_probe(config, manifest, model, tokenizer, answers,
+                               run.folder / "features.pt", device)
+    layout = split_batch(config, len(samples.labels), world=1)
+    steps = total_steps(config, len(samples.labels), layout.batch)
     configs = eval_configs(config, model, tokenizer, answers)
 
     # ---- Optimiser
@@ -1262,12 +1285,11 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
     run.resume(describe(config, overrides, layout, steps, model, tokenizer, answers, manifest),
                {"model": model, "optimizer": optimizer})
     if run.state["step"] == 0:
-        unread = torch.tensor(manifest.sizes) - sizes
-        run.count_clips(torch.stack([sizes, unread], 1), unreadable)
-    sampler = BatchSampler(sizes.tolist(), layout.batch, config.seed, start=run.state["step"],
-                           accumulation_steps=layout.accumulation_steps, steps=steps,
-                           shares=config.mix)
-    introduce(run, config, model, len(samples), layout, steps, f"fp32 on {device.type}")
+        run.count_clips(samples.clips, samples.unreadable)
+    sampler = BatchSampler(samples.clips[:, 0].tolist(), layout.batch, config.seed,
+                           start=run.state["step"], accumulation_steps=layout.accumulation_steps,
+                           steps=steps, shares=config.mix)
+    introduce(run, config, model, len(samples.labels), layout, steps, f"fp32 on {device.type}")
     progress = Progress(run, config, steps, layout.batch)
 
     # ---- Loop
@@ -1278,15 +1300,16 @@ def linear_probe(config: TrainConfig, model_fields: dict, overrides: dict,
         lr = lr_at(step, steps, config.lr, config.warmup)
         set_lr(optimizer, lr)
         torch.manual_seed(hash64(config.seed, step))           # of dropout in the layer, if any
-        sums = {"clips": torch.zeros(len(sizes), 2, dtype=torch.float64)}
+        sums = {"clips": torch.zeros(len(manifest.sizes), 2, dtype=torch.float64)}
         micro_batches = list(itertools.islice(stream, layout.accumulation_steps))
         samples_of_step = [sample for sample, _visit in itertools.chain(*micro_batches)]
-        known = (labels[samples_of_step] >= 0).sum().clamp(min=1)
+        known = (samples.labels[samples_of_step] >= 0).sum().clamp(min=1)
         for visits in micro_batches:
             rows = [sample for sample, _ in visits]
-            loss = cross_entropy(model.answer_head(features[rows]), labels[rows])
+            loss = cross_entropy(model.answer_head(samples.features[rows]), samples.labels[rows])
             (loss.total / known).backward()
-            add_loss(sums, "probe", loss, int(manifest_ids[rows[0]]), len(sizes))
+            manifest_id = int(samples.manifest_ids[rows[0]])           # that of all these rows
+            add_loss(sums, "probe", loss, manifest_id, len(manifest.sizes))
         norm = nn.utils.get_total_norm([p.grad for p in model.answer_head.parameters()])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
