@@ -6498,19 +6498,26 @@ def test_each_micro_batch_of_a_probe_reads_one_manifest(mixed_probe, tmp_path):
     assert steps == {"images.jsonl": 9, "qa.jsonl": 3}                       # --mix 1 3
 
 
-def test_a_probe_follows_the_plain_loss(clips, whole_run, tmp_path):
-    fine_tune("probe", clips / "qa.jsonl", tmp_path, whole_run, "--steps", 1, "--lr", 0,
+@pytest.mark.parametrize("all_are_known", [True, False])
+def test_a_probe_follows_the_plain_loss(all_are_known, clips, whole_run, tmp_path):
+    (tmp_path / "qa.jsonl").write_text("".join(absolute(clips / "qa.jsonl")))
+    classes = {line["answer"] for line in lines_of(clips / "qa.jsonl")}
+    if not all_are_known:                                      # one answer is no class
+        (tmp_path / "answers.json").write_text(json.dumps(sorted(classes)[1:]))
+    fine_tune("probe", tmp_path / "qa.jsonl", tmp_path / "run", whole_run, "--steps", 1, "--lr", 0,
               "--batch", 7)
-    content, _ = finished(tmp_path)
+    content, _ = finished(tmp_path / "run")
     model, tokenizer, answers = eval.load_checkpoint(content, tmp_path)
-    samples = Clips(Manifest(clips / "qa.jsonl"), tokenizer, "probe", 3, 32, 40, train=False,
+    samples = Clips(Manifest(tmp_path / "qa.jsonl"), tokenizer, "probe", 3, 32, 40, train=False,
                     answers=answers)
     items = [samples[i, i] for i in range(7)]
     video = torch.stack([item["video"] for item in items])
     labels = torch.tensor([item["label"] for item in items])
+    assert (labels >= 0).all() == all_are_known
     scores = model.answer_head(model.eval().encode_video(video)[:, 0])
     parameters = list(model.answer_head.parameters())
-    gradients = torch.autograd.grad(F.cross_entropy(scores, labels), parameters)
+    loss = F.cross_entropy(scores, labels, ignore_index=-1)
+    gradients = torch.autograd.grad(loss, parameters)
     for i, gradient in enumerate(gradients):
         close(content["optimizer"]["state"][i]["exp_avg"], 0.1 * gradient)   # AdamW: beta1 0.9
 
